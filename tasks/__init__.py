@@ -1,0 +1,1 @@
+"""How each step is done: one folder per family, one file per method."""

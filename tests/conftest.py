@@ -1,0 +1,54 @@
+"""Shared fixtures: one tiny real data set, and the folder of larger ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.datasets import load_digits
+
+from tasks.core.dataset import IMAGE, SCHEMAS, Dataset, Info, Writer, encode, image_column
+from tasks.core.settings import shared_data
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+assert IMAGE in SCHEMAS["image"].types
+
+
+def image_rows(images: np.ndarray, labels: np.ndarray, splits: list[str], captions: list[str] | None = None) -> pa.Table:
+    """Rows of schema `image` from uint8 images (N, C, H, W)."""
+    n = len(images)
+    return pa.table(
+        {
+            "sample_id": [f"d{i:05d}" for i in range(n)],
+            "image": image_column(encode(images)),
+            "label": pa.array(labels, pa.int64()),
+            "caption": captions or [f"a photo of the digit {NAMES[label]}" for label in labels],
+            "split": splits,
+            "parents": pa.array([[]] * n, pa.list_(pa.string())),
+            "_clean": pa.array([True] * n, pa.bool_()),
+        },
+        schema=SCHEMAS["image"],
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """400 handwritten digits of 8x8 pixels: 200 train, 60 reference, 40 validation, 100 test."""
+    source = load_digits()
+    images = np.round(source.images[:400] * (255 / 16)).astype(np.uint8)[:, None]
+    splits = ["train"] * 200 + ["reference"] * 60 + ["validation"] * 40 + ["test"] * 100
+    folder = tmp_path_factory.mktemp("tiny") / "pool"
+    with Writer(folder, Info("image", classes=NAMES, shape=(1, 8, 8), name="digits")) as out:
+        out.write(image_rows(images, source.target[:400], splits))
+    return Dataset.open(folder)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of larger data sets; the test is skipped where it is not there."""
+    folder = shared_data()
+    if not (folder / "fashion_mnist").is_dir():
+        pytest.skip(f"needs the data sets of RETORT_DATA; {folder} has none")
+    return folder
