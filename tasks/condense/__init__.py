@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from tasks.core.dataset import Dataset
 from tasks.core.method import Made
+from tasks.core.settings import Settings
 
 
 class Condense(Protocol):
@@ -18,3 +19,21 @@ class Condense(Protocol):
 
 
 SIGNATURE = Condense
+
+
+def stage(settings: Settings, method: str) -> None:
+    """Condense the kept rows of `data/filtered` into `data/condensed`; held-out loss is measured on the pool's validation rows."""
+    from dataclasses import replace
+
+    from tasks.core import catalog
+    from tasks.core import stage as stages
+
+    own, seed = stages.section(settings, "condense")
+    own.pop("method", None)
+    n = stages.number(own, "condense", "n")
+    cfg = catalog.configure(f"condense.{method}", own)
+    data = Dataset.open(settings.root / "data" / "filtered")
+    held_out = Dataset.open(settings.root / "data" / "pool").split("validation")
+    made = catalog.get(f"condense.{method}").entry(data, held_out, n, cfg, seed=seed)
+    made_by = {"method": f"condense.{method}", "settings": cfg.model_dump(mode="json"), "seed": seed, "n": n}
+    stages.write_made(settings, "condense", replace(data.info, schema="condensed", of=None, made_by=made_by), made)

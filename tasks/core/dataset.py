@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from tasks.core import files
@@ -158,12 +159,26 @@ class Dataset:
 
     def split(self, *names: str) -> Dataset:
         """The rows of the named splits."""
-        return self.where(np.isin(self.column("split").to_numpy(zero_copy_only=False), names))
+        return self.where(np.asarray(pa.compute.is_in(self.column("split"), value_set=pa.array(names, pa.string()))))
 
     def with_ids(self, ids: Iterable[str]) -> Dataset:
         """The rows with the given ids."""
         wanted = pa.array(list(ids), type=pa.string())
         return self.where(np.asarray(pa.compute.is_in(self.column("sample_id"), value_set=wanted)))
+
+    def without_descendants(self, ids: Iterable[str]) -> Dataset:
+        """The rows that are none of the given ids and were made from none of them."""
+        erased = pa.array(list(ids), type=pa.string())
+        carries = np.asarray(pa.compute.is_in(self.column("sample_id"), value_set=erased)).copy()
+        parents = self.column("parents").combine_chunks()
+        from_erased = np.asarray(pa.compute.is_in(parents.flatten(), value_set=erased))
+        carries[np.asarray(pa.compute.list_parent_indices(parents))[from_erased]] = True
+        return self.where(~carries)
+
+    def without_images_of(self, other: Dataset) -> Dataset:
+        """The rows whose decoded image is none of the other's."""
+        theirs = {image.tobytes() for image in other.images()}
+        return self.where(np.array([image.tobytes() not in theirs for image in self.images()], dtype=bool))
 
     def without_labels(self) -> Dataset:
         """The same rows, with every label hidden."""

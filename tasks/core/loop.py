@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tasks.core.errors import UserError
 from tasks.core.method import MethodConfig
 from tasks.core.networks import Net
 from tasks.core.progress import track
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Recipe(MethodConfig):
@@ -31,12 +35,14 @@ class Recipe(MethodConfig):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[torch.Generator]:
-    """Give a generator made from the seed, and run the block with the global generators seeded too; both are put back afterwards.
+    """Give a generator made from the seed, and run the block with the global generators seeded too; all are put back afterwards.
 
     The global ones matter because `torch.nn` and `peft` draw first weights from them.
     """
     numpy_state = np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    # asking for an accelerator's state would start it: only those already in use are kept
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         try:
@@ -47,7 +53,7 @@ def seeded(seed: int) -> Iterator[torch.Generator]:
 
 def to_float(images: npt.NDArray[np.uint8], device: str = "cpu") -> Tensor:
     """uint8 images (N, C, H, W) as float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).float().div_(255)
+    return torch.from_numpy(np.array(images, order="C")).to(device).float().div_(255)
 
 
 def index_batches(n: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -66,18 +72,36 @@ def index_batches(n: int, size: int, steps: int, generator: torch.Generator) -> 
 
 
 def pixel_stats(images: npt.NDArray[np.uint8]) -> tuple[float, float]:
-    """Mean and standard deviation of the pixels, in [0, 1]; at most 10,000 images are looked at."""
-    some = images[:: max(1, len(images) // 10_000)].astype(np.float32) / 255
+    """Mean and standard deviation of the pixels, in [0, 1]; at most 10,000 images, evenly spread, are looked at.
+
+    Raises ValueError where there are no images.
+    """
+    if len(images) == 0:
+        raise ValueError("no images to take pixel statistics from")
+    some = images[:: -(-len(images) // 10_000)].astype(np.float32) / 255
     return float(some.mean()), float(some.std()) or 1.0
 
 
 @torch.no_grad()
 def predict(net: nn.Module, images: npt.NDArray[np.uint8], *, size: int = 1024, device: str = "cpu") -> Tensor:
-    """Logits (N, classes) in eval mode, float32, on the CPU. The network's mode is left as it was."""
-    was, _ = net.training, net.eval()
-    pieces = [net(to_float(images[at : at + size], device)).cpu() for at in range(0, len(images), size)]
-    net.train(was)
+    """Logits (N, classes) in eval mode, float32, on the CPU. The network keeps its mode and its place."""
+    net = on(net, device)
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        pieces = [net(to_float(images[at : at + size], device)).cpu() for at in range(0, len(images), size)]
+    finally:
+        for module, training in modes:
+            module.training = training
     return torch.cat(pieces) if pieces else torch.empty(0)
+
+
+def on(net: Module, device: str) -> Module:
+    """The network itself where it already stands on the device, otherwise a copy there."""
+    first = next(net.parameters(), None)
+    if first is None or first.device == torch.device(device) or (first.device.type == device and first.device.index in (None, 0)):
+        return net
+    return copy.deepcopy(net).to(device)
 
 
 def fit_supervised(
@@ -96,37 +120,51 @@ def fit_supervised(
     device: str = "cpu",
     what: str = "train",
     extra_loss: Callable[[int, Net], Tensor] | None = None,
+    after_step: Callable[[int, Net], None] | None = None,
 ) -> Net:
     """Train in place by SGD with a one-cycle schedule on
-    `real_weight * CE(real batch) + (1 - real_weight) * CE(synthetic batch)` (DataDream, section 3); without synthetic rows, CE alone.
+    `real_weight * CE(real batch) + (1 - real_weight) * CE(synthetic batch)` (DataDream, section 3); where rows of one kind only are
+    there, on their CE alone. Gives the network back on the CPU, in eval mode.
 
-    images (N, C, H, W) uint8, labels (N,) in 0..classes-1, synthetic (N,) bool. `extra_loss(step, net)` is added to the loss.
-    Raises ValueError where there are no real rows.
+    images (N, C, H, W) uint8, labels (N,) in 0..classes-1, synthetic (N,) bool. `extra_loss(step, net)` is added to the loss;
+    `after_step(step, net)` runs after each update. Raises ValueError where there are no rows, UserError where training diverged.
     """
-    real_at, made_at = torch.from_numpy(np.flatnonzero(~synthetic)), torch.from_numpy(np.flatnonzero(synthetic))
-    targets = torch.from_numpy(labels)
+    kinds = [(real_weight, np.flatnonzero(~synthetic)), (1 - real_weight, np.flatnonzero(synthetic))]
+    terms = [(weight, torch.from_numpy(at)) for weight, at in kinds if len(at)]
+    weights = [1.0] if len(terms) == 1 else [weight for weight, _ in terms]
+    if not terms:
+        raise ValueError("no rows to train on")
+    targets = torch.from_numpy(np.array(labels))
+    streams = [index_batches(len(at), batch, steps, generator) for _, at in terms]
+    net.to(device).train()
     optimiser = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     schedule = one_cycle(optimiser, lr, steps)
-    real = index_batches(len(real_at), batch, steps, generator)
-    made = index_batches(len(made_at), batch, steps, generator) if len(made_at) else None
-
-    def loss_on(at: Tensor) -> Tensor:
-        return F.cross_entropy(net(to_float(images[at.numpy()], device)), targets[at].to(device))
-
-    net.to(device).train()
     for step in track(range(steps), what):
-        loss = loss_on(real_at[next(real)])
-        if made is not None:
-            loss = real_weight * loss + (1 - real_weight) * loss_on(made_at[next(made)])
+        # one forward pass over all terms: on small networks its overhead is most of the cost
+        at = torch.cat([rows[next(stream)] for (_, rows), stream in zip(terms, streams, strict=True)])
+        losses = F.cross_entropy(net(to_float(images[at.numpy()], device)), targets[at].to(device), reduction="none")
+        loss = sum((w * part.mean() for w, part in zip(weights, losses.split(batch), strict=True)), start=losses.new_zeros(()))
         if extra_loss is not None:
             loss = loss + extra_loss(step, net)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
         schedule.step()
-    return net.eval()
+        if after_step is not None:
+            after_step(step, net)
+    check_finite(net, what, lr)
+    return net.cpu().eval()
+
+
+def check_finite(net: nn.Module, what: str, lr: float) -> None:
+    """Raises UserError where a weight is not a finite number."""
+    if not all(bool(torch.isfinite(weights).all()) for weights in net.parameters()):
+        raise UserError(f"'{what}' diverged: weights are no longer finite numbers; set a smaller lr than {lr:g}")
 
 
 def one_cycle(optimiser: torch.optim.Optimizer, lr: float, steps: int, warm_up: float = 0.2) -> Any:
     """Learning rate up for a share of the steps, then down to nothing, by cosines; momentum is left alone."""
-    return torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=max(steps, 2), pct_start=warm_up, cycle_momentum=False)
+    total = max(steps, 2)
+    if warm_up * total == 1:  # torch divides by the length of the rise less one
+        warm_up = 0.0
+    return torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=total, pct_start=warm_up, cycle_momentum=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +67,7 @@ def confusion(labels: Ints, predicted: Ints, classes: int) -> npt.NDArray[np.int
 
 def reliability(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15) -> list[dict[str, float]]:
     """Equal-width confidence bins (low, high]: count, mean confidence, accuracy. Empty bins are left out."""
-    at = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    at = _bin(confidence, bins)
     rows = []
     for b in range(bins):
         inside = at == b
@@ -83,7 +84,52 @@ def reliability(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15)
     return rows
 
 
+def _bin(confidence: Floats, bins: int) -> npt.NDArray[np.int64]:
+    # float32 values a hair above an edge would land one bin too high
+    edges = np.asarray(confidence, dtype=np.float64) * bins
+    return np.clip(np.ceil(edges - 1e-9).astype(np.int64) - 1, 0, bins - 1)
+
+
 def ece(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15) -> float:
-    """Expected calibration error: count-weighted mean of |accuracy - confidence| over the bins (Guo et al. 2017, arXiv 1706.04599)."""
+    """Expected calibration error: count-weighted mean of |accuracy - confidence| over the bins (Guo et al. 2017, arXiv 1706.04599).
+
+    Raises ValueError for no values.
+    """
+    if len(hits) == 0:
+        raise ValueError("a calibration error of nothing is not defined")
     rows = reliability(confidence, hits, bins)
     return sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / len(hits)
+
+
+def mean(values: Floats, *, seed: int = 0, draws: int = 1000) -> Figure:
+    """Mean of per-sample values (N,) with a bootstrap interval (percentiles). Raises ValueError for no values."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 0:
+        raise ValueError("a mean of nothing is not defined")
+    means = np.concatenate([counts @ values for counts in _resampled(len(values), seed, draws)]) / len(values)
+    low, high = np.percentile(means, [2.5, 97.5])
+    value = float(values.mean())
+    return Figure(value, min(value, float(low)), max(value, float(high)))
+
+
+def calibration_error(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15, *, seed: int = 0, draws: int = 1000) -> Figure:
+    """`ece` with a bootstrap interval. Raises ValueError for no values.
+
+    Noise adds to an absolute value, so that resampling raises the error once more; the interval is therefore the reflected one
+    (`2 * value - percentile`, cut at 0), which takes that off.
+    """
+    value = ece(confidence, hits, bins)
+    at, n = _bin(confidence, bins), len(hits)
+    gaps = np.zeros((n, bins))
+    gaps[np.arange(n), at] = hits - np.asarray(confidence, dtype=np.float64)
+    errors = np.concatenate([np.abs(counts @ gaps).sum(1) for counts in _resampled(n, seed, draws)]) / n
+    low, high = 2 * value - np.percentile(errors, [97.5, 2.5])
+    return Figure(value, max(0.0, min(value, float(low))), max(value, float(high)))
+
+
+def _resampled(n: int, seed: int, draws: int) -> Iterator[Floats]:
+    """How often each of n samples is drawn, (some, n) at a time so that memory stays small."""
+    generator = np.random.default_rng(seed)
+    some = max(1, min(draws, 2_000_000 // n))
+    for start in range(0, draws, some):
+        yield generator.multinomial(n, np.full(n, 1 / n), size=min(some, draws - start)).astype(np.float64)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from tasks.core.dataset import Dataset
 from tasks.core.method import Made
+from tasks.core.settings import Settings
 
 
 class Generate(Protocol):
@@ -18,3 +19,42 @@ class Generate(Protocol):
 
 
 SIGNATURE = Generate
+
+
+def stage(settings: Settings, method: str) -> None:
+    """Generate rows for every class into `data/generated`, from a few trusted shots; the base is the kept rows of `data/filtered`."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from tasks.core import catalog
+    from tasks.core import stage as stages
+
+    own, seed = stages.section(settings, "generate")
+    own.pop("method", None)
+    n, k, most = (stages.number(own, "generate", key) for key in ("n", "shots", "base_rows"))
+    cfg = catalog.configure(f"generate.{method}", own)
+    base = Dataset.open(settings.root / "data" / "filtered")
+    trusted = Dataset.open(settings.root / "data" / "pool").split("reference")
+    if len(base) > most:
+        base = base.take(np.random.default_rng(seed).choice(len(base), most, replace=False))
+    shots = pick_shots(trusted, base, k, seed)
+    made = catalog.get(f"generate.{method}").entry(shots, base, n, cfg, seed=seed)
+    made_by = {"method": f"generate.{method}", "settings": cfg.model_dump(mode="json"), "seed": seed, "n": n, "shots": k}
+    stages.write_made(settings, "generate", replace(base.info, schema="image", of=None, made_by=made_by), made)
+
+
+def pick_shots(trusted: Dataset, spare: Dataset, k: int, seed: int) -> Dataset:
+    """At most `k` labelled rows of each class: trusted ones, and for a class that has none of these spare ones."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    chosen: dict[int, list[int]] = {0: [], 1: []}
+    known = [source.labels() for source in (trusted, spare)]
+    for label in range(len(trusted.info.classes)):
+        for at, labels in enumerate(known):
+            rows = np.flatnonzero(labels == label)
+            if len(rows):
+                chosen[at] += rng.permutation(rows)[:k].tolist()
+                break
+    return trusted.take(np.array(chosen[0])) + spare.take(np.array(chosen[1]))

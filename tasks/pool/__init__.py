@@ -1,1 +1,15 @@
 """Pool: a source in, a dataset out, with the bad rows set aside."""
+
+from __future__ import annotations
+
+from tasks.core.settings import Settings
+
+
+def stage(settings: Settings, method: str) -> None:
+    """Read the source that `params.yaml` names into `data/pool`."""
+    from tasks.core import stage as stages
+    from tasks.pool import read
+
+    own, seed = stages.section(settings, "pool")
+    figures = read.read_pool(read.configure(own), settings.root / "data" / "pool", seed=seed)
+    stages.write_figures(settings, "pool", figures)

@@ -1,0 +1,1 @@
+"""What runs, and when: one flow per file. How a step is done stands in `tasks`."""

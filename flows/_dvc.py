@@ -1,0 +1,83 @@
+"""The one place that talks to DVC: is there anything to do, and do it. Prefect drives DVC, never the other way round."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows._server import end, spawn
+from tasks.core.errors import UserError
+from tasks.core.settings import Settings
+
+STAGES = ("pool", "filter", "condense", "generate")
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What became of one stage: whether it ran, for how long, and the figures it has now."""
+
+    stage: str
+    ran: bool
+    seconds: float
+    figures: dict[str, float]
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The environment of DVC and its stages: this interpreter first, and hash caches inside the project."""
+    path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+    return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(settings.root / ".dvc" / "site")}
+
+
+def clean(settings: Settings, targets: Sequence[str] = ()) -> bool:
+    """Whether the stages, or those that the targets need, are up to date."""
+    os.environ["DVC_SITE_CACHE_DIR"] = str(settings.root / ".dvc" / "site")
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(settings.root)) as repo:
+            return not repo.status(targets=list(targets) or None, with_deps=bool(targets))
+    except DvcException as error:
+        raise UserError(f"DVC cannot read this project: {error}") from None
+
+
+def repro(settings: Settings, targets: Sequence[str] = (), *, log: Path, channel: Path) -> list[StageRun]:
+    """Run `dvc repro`, then `dvc push` to the default remote. Raises UserError with the sentence of the stage that failed."""
+    before = channel.stat().st_size if channel.exists() else 0
+    status = _dvc(settings, ["repro", *targets], log, channel)
+    events = _events(channel, before)
+    if status != 0:
+        said = [event["error"] for event in events if "error" in event]
+        raise UserError(said[-1] if said else f"the data stages failed ('dvc repro' ended with {status}); the last lines of {log} say why")
+    if any(event.get("state") == "end" for event in events):
+        _dvc(settings, ["push", "-q"], log, channel)
+    seconds = {event["stage"]: float(event["seconds"]) for event in events if event.get("state") == "end"}
+    return [StageRun(stage, stage in seconds, seconds.get(stage, 0.0), figures(settings, stage)) for stage in STAGES]
+
+
+def figures(settings: Settings, stage: str) -> dict[str, float]:
+    """The figures that a stage wrote last; none where it has not run."""
+    path = settings.metrics / f"{stage}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # type: ignore[no-any-return]
+
+
+def _dvc(settings: Settings, words: Sequence[str], log: Path, channel: Path) -> int:
+    env = {**environment(settings), "RETORT_PROGRESS": str(channel)}
+    child = spawn(settings, [sys.executable, "-m", "dvc", *words], env, log)
+    try:
+        return child.wait()
+    finally:
+        end(settings, child)
+
+
+def _events(channel: Path, start: int) -> list[dict[str, Any]]:
+    if not channel.exists():
+        return []
+    with channel.open("rb") as source:
+        source.seek(start)
+        return [json.loads(line) for line in source.read().splitlines() if line.strip()]

@@ -1,0 +1,42 @@
+"""Names and versions of this project's models, as the flows use them."""
+
+from __future__ import annotations
+
+from flows._session import NeedsRun, session
+from tasks.core.dataset import read_info
+from tasks.core.errors import UserError
+from tasks.core.refs import ModelRef
+from tasks.core.step import Done
+
+
+def model_name(role: str) -> str:
+    """The registered model of a role: `<data set>-<role>`."""
+    return f"{read_info(session().settings.root / 'data' / 'pool').name or 'pool'}-{role}"
+
+
+def find_model(spec: str) -> ModelRef:
+    """The model that `NAME@alias`, `NAME/version` or `NAME` (its newest version) stands for.
+
+    Raises UserError that lists what there is.
+    """
+    store = session().store
+    name, _, which = spec.partition("@") if "@" in spec else spec.partition("/")
+    if not which:
+        versions = store.versions(name)
+        if not versions:
+            known = ", ".join(store.names()) or "none yet: make one with 'retort run'"
+            raise UserError(f"there is no registered model {name!r}; there are: {known}")
+        which = str(versions[-1].version)
+    return store.version_ref(name, which)
+
+
+def register(name: str, done: Done) -> int:
+    """The version of `name` that holds a step's model, made where there is none."""
+    here = session()
+    assert isinstance(done.ref, ModelRef)
+    for version in here.store.versions(name):
+        if version.tags.get("retort.model") == done.ref.model_id:
+            return int(version.version)
+    if here.planning:
+        raise NeedsRun(name)
+    return here.store.register(name, done.ref, {"retort.role": done.role, "retort.method": done.method})

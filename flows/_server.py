@@ -1,0 +1,184 @@
+"""A Prefect server for the length of one run, where no `PREFECT_API_URL` names another; and the processes that a run must not leave."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tasks.core import files
+from tasks.core.errors import UserError
+from tasks.core.settings import Settings
+
+START_SECONDS = 120
+_LIBC = ctypes.CDLL(None)  # loaded before any fork
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """What Prefect must find in the environment before it is imported."""
+    return {
+        "PREFECT_HOME": str(settings.prefect_home),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+        "PREFECT_CLI_PROMPT": "false",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def spawn(settings: Settings, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a child in a group of its own, note the group, and have the kernel end it with us where it can."""
+    with log.open("ab") as out:
+        child = subprocess.Popen(  # noqa: S603
+            command, cwd=settings.root, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            start_new_session=True, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+    note = settings.home / "children" / f"{child.pid}.json"
+    files.write_text(note, json.dumps({"pid": child.pid, "created": psutil.Process(child.pid).create_time()}))
+    return child
+
+
+def end(settings: Settings, child: subprocess.Popen[bytes]) -> None:
+    """End a child and all that it started."""
+    _end_group(child.pid)
+    child.wait()
+    (settings.home / "children" / f"{child.pid}.json").unlink(missing_ok=True)
+
+
+def reap(settings: Settings) -> None:
+    """End what an earlier run that was killed has left behind, and its stale DVC lock. For the holder of the project's lock."""
+    for note in (settings.home / "children").glob("*.json"):
+        left = json.loads(note.read_text(encoding="utf-8"))
+        for process in psutil.process_iter(["pid", "create_time"]):
+            try:
+                # the group outlives its leader, and a number that was given to another since has another age
+                ours = os.getpgid(process.pid) == left["pid"] and process.create_time() >= left["created"] - 1
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+            if ours:
+                process.kill()
+        note.unlink()
+    for lock in ("rwlock", "rwlock.lock"):
+        (settings.root / ".dvc" / "tmp" / lock).unlink(missing_ok=True)
+
+
+class Server:
+    """A local Prefect server. `start` returns at once; `ready` waits until it answers."""
+
+    def __init__(self, settings: Settings, log: Path) -> None:
+        self.settings, self.log = settings, log
+        self.child: subprocess.Popen[bytes] | None = None
+        self.url = os.environ.get("PREFECT_API_URL", "")
+
+    def start(self) -> None:
+        if self.url:
+            return
+        home = self.settings.prefect_home
+        home.mkdir(parents=True, exist_ok=True)
+        mark = home / "initialised"
+        if not mark.exists():  # a first start that was cut off leaves a database that no later start can mend
+            for left in home.glob("prefect.db*"):
+                left.unlink()
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}/api"
+        command = [
+            sys.executable,
+            "-m",
+            "prefect",
+            "server",
+            "start",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--no-services",
+            "--no-ui",
+        ]
+        self.child = spawn(self.settings, command, {**os.environ, **environment(self.settings)}, self.log)
+
+    def ready(self) -> None:
+        """Wait for the server and name it in the environment. Raises UserError that names the log where it does not come."""
+        if self.child is not None:
+            wait_for(f"{self.url}/health", self.child, self.log)
+            (self.settings.prefect_home / "initialised").touch()
+        os.environ["PREFECT_API_URL"] = self.url
+
+    def stop(self) -> None:
+        if self.child is not None:
+            end(self.settings, self.child)
+            os.environ.pop("PREFECT_API_URL", None)
+
+
+@contextmanager
+def server(settings: Settings, log: Path) -> Iterator[Server]:
+    """A server for the length of a block; it is ended whatever happens in it."""
+    running = Server(settings, log)
+    running.start()
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def wait_for(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a URL answers. Raises UserError where the process ends first or takes too long."""
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(url, timeout=2):  # noqa: S310 (an address of ours)
+                return
+        except (urllib.error.URLError, OSError):
+            pass
+        if child.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise UserError(f"the local server at {url} did not start; its words are in {log}")
+
+
+def free_port() -> int:
+    """A port on this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing listens on this port of 127.0.0.1."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _end_group(group: int) -> None:
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(group, sign)
+        except ProcessLookupError:
+            return
+        for _ in range(20):
+            if not psutil.pid_exists(group) or psutil.Process(group).status() == psutil.STATUS_ZOMBIE:
+                break
+            time.sleep(0.1)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

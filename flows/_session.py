@@ -1,0 +1,146 @@
+"""What the flows of one process share: the project, its store, what has been done so far, and the way to run a step.
+
+While `planning`, steps that are done give their results and the first that is not raises `NeedsRun`. So the very flows that do the work
+also say, without a server and in seconds, that there is none to do.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prefect import Flow, task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.core.errors import UserError
+from tasks.core.settings import Settings, project, read_params
+from tasks.core.step import Done, Plan, find, run
+from tasks.core.store import Store
+
+R = TypeVar("R")
+
+
+class NeedsRun(Exception):  # noqa: N818 (a signal, not an error)
+    """Planning met a step that has not been done."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the closing table."""
+
+    stage: str
+    method: str
+    cached: bool
+    seconds: float
+    figure: str
+
+
+@dataclass
+class Session:
+    """The state of one run in one process."""
+
+    settings: Settings
+    planning: bool = False
+    rows: list[Row] = field(default_factory=list)
+    warm: threading.Thread | None = None
+    log: Path = Path()
+    _store: Store | None = None
+
+    @property
+    def channel(self) -> Path:
+        """Where methods, here and in the processes of the data stages, say how far they are."""
+        return self.settings.home / "progress.jsonl"
+
+    @property
+    def store(self) -> Store:
+        if self.warm is not None:
+            self.warm.join()
+        if self._store is None:
+            self._store = Store(self.settings)
+        return self._store
+
+    def opened(self, store: Store) -> None:
+        """Take a store that another thread has opened."""
+        self._store = store
+
+    def params(self, section: str) -> dict[str, Any]:
+        """A section of `params.yaml`. Raises UserError where it is missing."""
+        found = read_params(self.settings).get(section)
+        if not isinstance(found, dict):
+            raise UserError(f"{self.settings.params} needs a section '{section}:'")
+        return dict(found)
+
+    def method(self, family: str) -> tuple[str, dict[str, Any]]:
+        """The method that `params.yaml` names for a family, and its settings."""
+        settings = self.params(family)
+        if "method" not in settings:
+            raise UserError(f"{self.settings.params}: section '{family}:' must name its 'method:'")
+        return f"{family}.{settings.pop('method')}", settings
+
+    @property
+    def seed(self) -> int:
+        return int(read_params(self.settings).get("seed", 0))
+
+    def record(self, stage: str, method: str, cached: bool, seconds: float, figure: str) -> None:
+        """Add a line to the closing table."""
+        self.rows.append(Row(stage, method, cached, seconds, figure))
+
+
+_current: Session | None = None
+
+
+def session() -> Session:
+    """The session of this process; a flow that a server or a shell starts alone gets one of its own."""
+    global _current
+    if _current is None:
+        _current = Session(project())
+    return _current
+
+
+@contextmanager
+def use(new: Session) -> Iterator[Session]:
+    """Make a session the current one for a block."""
+    global _current
+    before, _current = _current, new
+    try:
+        yield new
+    finally:
+        _current = before
+
+
+def call(flow: Flow[Any, R], *args: Any, **kwargs: Any) -> R:
+    """Run a flow within a flow; while planning, its plain function."""
+    target: Callable[..., R] = flow.fn if session().planning else flow
+    return target(*args, **kwargs)
+
+
+def step(plan: Plan) -> Done:
+    """Do one step, as a Prefect task, or give its stored result."""
+    if not session().planning:
+        tell(stage=plan.role, state="start", method=plan.method)
+        done = _step(plan)
+        tell(stage=plan.role, state="end", method=plan.method, seconds=done.seconds)
+        return done
+    stored = find(session().store, plan)
+    if stored is None:
+        raise NeedsRun(plan.role)
+    return stored
+
+
+def tell(**event: Any) -> None:
+    """Say something to whoever watches the channel."""
+    channel = session().channel
+    channel.parent.mkdir(parents=True, exist_ok=True)
+    with channel.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(event) + "\n")
+
+
+@task(name="step", task_run_name="{plan.role}: {plan.method}", cache_policy=NO_CACHE, persist_result=False)
+def _step(plan: Plan) -> Done:
+    here = session()
+    return run(here.settings, here.store, plan)

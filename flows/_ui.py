@@ -1,0 +1,49 @@
+"""The Prefect and MLflow pages of a project, for as long as somebody looks at them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from flows import _server
+from tasks.core.errors import UserError
+from tasks.core.settings import Settings
+from tasks.core.store import prepare
+
+
+def serve_pages(settings: Settings, prefect_port: int, mlflow_port: int) -> None:
+    """Serve both pages on 127.0.0.1 until Ctrl-C. Raises UserError where a port is taken."""
+    prepare(settings)
+    settings.logs.mkdir(parents=True, exist_ok=True)
+    log = settings.logs / "ui.log"
+    env = {**os.environ, **_server.environment(settings)}
+    local = ["--host", "127.0.0.1", "--port"]
+    commands = {
+        "Prefect": (prefect_port, "/api/health", [sys.executable, "-m", "prefect", "server", "start", *local, str(prefect_port)]),
+        "MLflow": (
+            mlflow_port,
+            "/health",
+            [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", settings.tracking_uri, *local, str(mlflow_port)],
+        ),
+    }
+    children = []
+    try:
+        for name, (port, _, command) in commands.items():
+            if not _server.is_free(port):
+                flag = name.lower()
+                raise UserError(f"port {port} is taken; choose another for the {name} page with --{flag}-port")
+            env["PREFECT_UI_API_URL"] = f"http://127.0.0.1:{prefect_port}/api"
+            children.append(_server.spawn(settings, command, env, log))
+        for (name, (port, health, _)), child in zip(commands.items(), children, strict=True):
+            _server.wait_for(f"http://127.0.0.1:{port}{health}", child, log)
+            sys.stdout.write(f"{name:8} http://127.0.0.1:{port}\n")
+        sys.stdout.write("Ctrl-C ends both.\n")
+        sys.stdout.flush()
+        while all(child.poll() is None for child in children):
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for child in children:
+            _server.end(settings, child)

@@ -1,0 +1,117 @@
+"""One run of one flow, from the plan to the closing table."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from rich.console import Console
+from rich.table import Table
+
+from flows import _server
+from flows._screen import watching
+from flows._session import NeedsRun, Session, use
+from tasks.core.errors import UserError
+from tasks.core.saga import Journal
+from tasks.core.settings import Settings
+from tasks.core.store import Store
+
+
+def work(
+    settings: Settings, console: Console, log: Path, load: Callable[[], Any], arguments: dict[str, Any], began: float, *, summary: bool
+) -> int:
+    """Do the work and show it. Gives the exit status: 0, 1 for a fault, 2 for a user's mistake, 130 for an interrupt."""
+    try:
+        _server.reap(settings)
+        flow = load()
+        here = Session(settings, planning=True, log=log)
+        result, ran = _plan(here, flow, arguments), False
+        if result is None:
+            ran = True
+            here = Session(settings, log=log)
+            result = _do(here, console, flow, arguments)
+        _close(here, console, result, ran, time.monotonic() - began, summary)
+        status = 0
+    except UserError as error:
+        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        status = 2
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        status = 130
+    except Exception as error:  # the screen gets one sentence, the log all of it
+        traceback.print_exc()
+        console.print(f"[red]failed:[/] {type(error).__name__}: {error}", highlight=False, soft_wrap=True)
+        status = 1
+    console.print(f"log: {log}", highlight=False, soft_wrap=True)
+    return status
+
+
+def _plan(here: Session, flow: Any, arguments: dict[str, Any]) -> Any:
+    """The flow's result where every step is done already, else None. Nothing is changed."""
+    if not (here.settings.root / "dvc.lock").exists() or not _has_store(here.settings):
+        return None
+    try:
+        with use(here):
+            return flow.fn(**arguments) or ""
+    except NeedsRun:
+        return None
+
+
+def _do(here: Session, console: Console, flow: Any, arguments: dict[str, Any]) -> Any:
+    settings = here.settings
+    with watching(console, here.channel), _server.server(settings, here.log) as server:
+        here.warm = threading.Thread(target=_open_store, args=(here,))  # ten seconds at the first start, beside the server's own
+        here.warm.start()
+        server.ready()
+        with use(here), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            return flow(**arguments)
+
+
+def _open_store(here: Session) -> None:
+    """Open the store and clean up after a run that was cut off."""
+    store = Store(here.settings)
+    store.sweep()
+    settle(here.settings, store)
+    here.opened(store)
+
+
+def settle(settings: Settings, store: Store) -> None:
+    """Close promotions that a crash left open in the journal, by what the alias says."""
+    journal = Journal(settings.home / "journal.jsonl")
+    last: dict[str, dict[str, Any]] = {}
+    for entry in journal.entries():
+        last[entry["name"]] = entry
+    for name, entry in last.items():
+        if entry["kind"] == "promoting":
+            moved = store.aliases(name).get("champion") == entry["version"]
+            journal.append("promoted" if moved else "abandoned", name=name, version=entry["version"], champion=entry["champion"])
+
+
+def _has_store(settings: Settings) -> bool:
+    return settings.mlflow_db.exists() or not settings.tracking_uri.startswith("sqlite")
+
+
+def _close(here: Session, console: Console, result: Any, ran: bool, seconds: float, summary: bool) -> None:
+    table = Table("stage", "method", "", "seconds", "figure", title_justify="left")
+    for row in here.rows:
+        shown = "" if row.cached else f"{row.seconds:.1f}"
+        table.add_row(row.stage, row.method, "cached" if row.cached else "run", shown, row.figure)
+    console.print(table)
+    if not ran:
+        console.print(f"Everything was up to date ({seconds:.1f} s).", highlight=False)
+    else:
+        console.print(f"{seconds:.1f} s in all.", highlight=False)
+    if summary:
+        for name in here.store.names():
+            aliases = {number: alias for alias, number in here.store.aliases(name).items()}
+            versions = [
+                f"{v.version}{f' ({aliases[int(v.version)]})' if int(v.version) in aliases else ''}" for v in here.store.versions(name)
+            ]
+            console.print(f"{name}: versions {', '.join(versions)}", highlight=False)
+        console.print(f"report: {result}", highlight=False, soft_wrap=True)
+        console.print("pages:  retort ui", highlight=False)

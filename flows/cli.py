@@ -1,0 +1,205 @@
+"""The `retort` command. Heavy imports wait until a command needs them: `--help` and `methods` answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="From a raw pool of data to a promoted model, and back.",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def main() -> None:
+    """Run the command. A user's mistake prints one sentence and exits with 2."""
+    from tasks.core.errors import UserError
+
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+@app.command()
+def run(
+    source: Annotated[
+        str, typer.Option(help="Read this instead: digits, parquet:PATH, folder:PATH or pairs:PATH. Kept in params.yaml.")
+    ] = "",
+) -> None:
+    """Run the main job: from the source to a promoted model and a report."""
+    if source:
+        set_source(source)
+    execute(lambda: _flow("lifecycle"), summary=True)
+
+
+@app.command()
+def curate(stages: Annotated[list[str] | None, typer.Argument(help="Stages of dvc.yaml; none: all.")] = None) -> None:
+    """Bring the data stages up to date."""
+    execute(lambda: _flow("curate"), targets=tuple(stages or ()))
+
+
+@app.command()
+def train(
+    data: Annotated[list[str] | None, typer.Option(help="Folder of the project, or folder@revision; may be repeated.")] = None,
+) -> None:
+    """Train a teacher."""
+    arguments: dict[str, Any] = {"data": tuple(data)} if data else {}
+    execute(lambda: _flow("train"), **arguments)
+
+
+@app.command()
+def distill(teacher: Annotated[str, typer.Option(help="NAME@alias or NAME/version; default: the newest teacher.")] = "") -> None:
+    """Distill a smaller student from a teacher."""
+    execute(lambda: _flow("distill"), teacher=teacher)
+
+
+@app.command()
+def unlearn(model: Annotated[str, typer.Option(help="NAME@alias or NAME/version; default: the newest teacher.")] = "") -> None:
+    """Make a model forget a demonstration request, beside its references."""
+    execute(lambda: _flow("unlearn"), model=model)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str] | None, typer.Argument(help="NAME@alias or NAME/version; default: all, the newest of each.")] = None,
+) -> None:
+    """Measure models on the held-out test rows."""
+    execute(lambda: _flow("evaluate"), names=tuple(models or ()))
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    version: Annotated[int, typer.Option(help="Its version; 0: the newest.")] = 0,
+) -> None:
+    """Offer a version for promotion: the gate decides, the alias moves last."""
+    execute(lambda: _flow("promote"), name=name, version=version)
+
+
+@app.command()
+def methods(as_json: Json = False, family: Annotated[str, typer.Option(help="Only this family.")] = "") -> None:
+    """List every method with its paper and claim."""
+    from tasks.core import catalog
+    from tasks.core.errors import UserError
+
+    cards = [card for card in catalog.cards().values() if family in ("", card.family)]
+    if not cards:
+        raise UserError(f"there is no family {family!r}; there are: {', '.join(catalog.families())}")
+    if as_json:
+        print(json.dumps([card.__dict__ for card in cards], indent=1))  # noqa: T201
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "paper", "claim", title=f"{len(cards)} methods", title_justify="left")
+    for card in cards:
+        table.add_row(card.name, f"{card.paper} (arXiv {card.arxiv})" if card.arxiv else card.paper or "baseline", card.claim)
+    Console().print(table)
+
+
+@app.command()
+def lineage(spec: Annotated[str, typer.Argument(help="NAME@alias, NAME/version, or a data folder.")], as_json: Json = False) -> None:
+    """Show what a model or a data folder was made from, down to the source."""
+    _environment()
+    from tasks.core.lineage import made_from, print_tree
+    from tasks.core.settings import project
+
+    tree = made_from(project(), spec)
+    if as_json:
+        print(json.dumps(tree, indent=1))  # noqa: T201
+    else:
+        print_tree(tree)
+
+
+@app.command()
+def ui(
+    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect page.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow page.")] = 5000,
+) -> None:
+    """Open the Prefect and MLflow pages until Ctrl-C."""
+    _environment()
+    from flows._ui import serve_pages
+    from tasks.core.settings import project
+
+    serve_pages(project(), prefect_port, mlflow_port)
+
+
+def run_alone(flow: Any) -> None:
+    """Run one flow with its defaults, as `python -m flows.<name>` does."""
+    from tasks.core.errors import UserError
+
+    try:
+        execute(lambda: flow)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+def set_source(source: str) -> None:
+    """Write `pool.source` into params.yaml, its comments kept: DVC must see what the data was made from."""
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    from tasks.core import files
+    from tasks.core.settings import project, read_params
+
+    settings = project()
+    if read_params(settings).get("pool", {}).get("source") == source:
+        return
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    content = yaml.load(settings.params.read_text(encoding="utf-8"))
+    content["pool"]["source"] = source
+    text = StringIO()
+    yaml.dump(content, text)
+    files.write_text(settings.params, text.getvalue())
+
+
+def execute(load: Callable[[], Any], *, summary: bool = False, **arguments: Any) -> None:
+    """Run a flow under the project's lock: first as a plan, and with a server only where the plan finds work."""
+    _environment()
+    from flows._screen import quiet
+    from tasks.core.saga import project_lock
+    from tasks.core.settings import project
+
+    settings = project()
+    log = settings.logs / f"{time.strftime('%Y%m%d-%H%M%S')}.log"
+    began = time.monotonic()
+    with project_lock(settings), quiet(log) as console:
+        from flows._work import work
+
+        status = work(settings, console, log, load, arguments, began, summary=summary)
+    sys.exit(status)
+
+
+def _flow(name: str) -> Any:
+    import importlib
+
+    return getattr(importlib.import_module(f"flows.{name}"), name)
+
+
+def _environment() -> None:
+    """Set what Prefect and MLflow read when they are imported."""
+    from flows import _server
+    from tasks.core import store
+    from tasks.core.settings import project
+
+    settings = project()
+    os.environ.update({**_server.environment(settings), **store.environment(settings)})
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+
+if __name__ == "__main__":
+    main()

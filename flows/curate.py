@@ -1,0 +1,60 @@
+"""Curate: bring the data stages up to date.
+
+Consumes  params.yaml and the source that it names
+Produces  data/pool, data/filtered, data/condensed, data/generated, pushed to the DVC remote
+Started   by `retort run`, `retort curate`, or a schedule
+"""
+
+from __future__ import annotations
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows import _dvc
+from flows._session import NeedsRun, session
+
+
+@flow(name="curate")
+def curate(targets: tuple[str, ...] = ()) -> None:
+    """Run the stages, or those that the targets need, whose inputs, code or settings have changed.
+
+    targets  names of stages in dvc.yaml; none: all
+    """
+    here = session()
+    if here.planning and not _dvc.clean(here.settings, targets):
+        raise NeedsRun("curate")
+    runs = [_dvc.StageRun(stage, False, 0.0, _dvc.figures(here.settings, stage)) for stage in _dvc.STAGES]
+    if not here.planning:
+        runs = repro(targets)
+    for run in runs:
+        method = here.params(run.stage).get("method") or here.params(run.stage).get("source", "")
+        here.record(run.stage, str(method), not run.ran, run.seconds, headline(run.stage, run.figures))
+
+
+@task(name="dvc repro", cache_policy=NO_CACHE, persist_result=False)
+def repro(targets: tuple[str, ...]) -> list[_dvc.StageRun]:
+    """One `dvc repro` for all the stages: DVC knows what must run."""
+    here = session()
+    return _dvc.repro(here.settings, targets, log=here.log, channel=here.channel)
+
+
+def headline(stage: str, figures: dict[str, float]) -> str:
+    """The figure of a data stage that matters, in words."""
+    if not figures:
+        return ""
+    if stage == "pool":
+        return f"{figures.get('rows', 0):,.0f} rows, {figures.get('quarantined', 0):,.0f} set aside"
+    if stage == "filter":
+        share = figures.get("kept", 0) / max(figures.get("rows", 0), 1)
+        known = f", {figures['kept_precision']:.1%} clean (pool {figures['pool_precision']:.1%})" if "kept_precision" in figures else ""
+        return f"{share:.0%} kept{known}"
+    if stage == "condense":
+        beaten = f" (random {figures['heldout_loss_random']:.3f})" if "heldout_loss_random" in figures else ""
+        return f"held-out loss {figures.get('heldout_loss', float('nan')):.3f}{beaten}"
+    return f"{figures.get('rows', 0):,.0f} synthetic rows"
+
+
+if __name__ == "__main__":
+    from flows.cli import run_alone
+
+    run_alone(curate)

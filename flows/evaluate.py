@@ -1,0 +1,76 @@
+"""Evaluate: evidence on models, all measured on the same held-out rows in the same run.
+
+Consumes  models out of the registry and the test rows of data/pool
+Produces  evidence, stored in an MLflow run
+Started   by `retort run`, `retort evaluate`, or a schedule
+"""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows._registry import find_model
+from flows._session import session, step
+from flows.unlearn import Unlearned
+from tasks.core.errors import UserError
+from tasks.core.refs import EvidenceRef, ModelRef, Ref, data_ref
+from tasks.core.step import Done, Inputs, Plan, read_evidence
+
+POOL = "data/pool"
+
+
+@flow(name="evaluate")
+def evaluate(models: dict[str, ModelRef] | None = None, names: tuple[str, ...] = (), data: str = POOL) -> Done:
+    """Measure quality, calibration, latency and size on the test rows.
+
+    models  references by the name that the evidence shall use
+    names   or `NAME@alias` and `NAME/version` out of the registry; none: the newest of every registered model
+    data    the folder whose split `test` is used
+    """
+    here = session()
+    method, settings = here.method("evaluate")
+    if models is None:
+        names = names or tuple(here.store.names())
+        if not names:
+            raise UserError("there is no registered model to evaluate: make one with 'retort run' or 'retort train'")
+        models = {name: find_model(name) for name in names}
+    test = data_ref(here.settings, data, splits=("test",))
+    done = step(Plan("evidence", method, settings, {"models": models, "test": test}, here.seed))
+    assert isinstance(done.ref, EvidenceRef)
+    figures = read_evidence(here.store, done.ref).figures
+    best = ", ".join(f"{name} {by['accuracy'].value:.1%}" for name, by in figures.items())
+    here.record("evaluate", method, done.cached, done.seconds, best)
+    return done
+
+
+@flow(name="evaluate forgetting")
+def evaluate_forgetting(work: Unlearned) -> Done:
+    """Hold an unlearned model and its references against the original and the retrained one."""
+    here = session()
+    models: dict[str, Ref] = {
+        "original": work.original,
+        "unlearned": work.chosen.ref,
+        **{name: done.ref for name, done in work.references.items()},
+    }
+    # figures of one whole class and of scattered samples are read differently; a request names samples
+    inputs: Inputs = {
+        "models": models,
+        "forget": work.forget,
+        "retain": work.retain,
+        "test": data_ref(here.settings, POOL, splits=("test",)),
+    }
+    done = step(Plan("forgetting", "evaluate.forgetting", {}, inputs, here.seed))
+    assert isinstance(done.ref, EvidenceRef)
+    by = read_evidence(here.store, done.ref).figures
+    share = work.chosen.seconds / max(work.references["retrain"].seconds, 1e-9)
+    words = (
+        f"gap to retrain {by['unlearned']['avg_gap'].value:.1f} (original {by['original']['avg_gap'].value:.1f}), {share:.0%} of its time"
+    )
+    here.record("evaluate", "evaluate.forgetting", done.cached, done.seconds, words)
+    return done
+
+
+if __name__ == "__main__":
+    from flows.cli import run_alone
+
+    run_alone(evaluate)

@@ -1,0 +1,99 @@
+"""Promote: a version becomes champion when the gate lets it through. The alias moves last.
+
+Consumes  a registered model and the test rows of data/pool
+Produces  a verdict on the version (tags and an artifact), a journal entry, and where the gate is passed the alias `champion`
+Started   by `retort run`, `retort promote`, or a schedule
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows._registry import find_model
+from flows._session import NeedsRun, session, step
+from flows.evaluate import POOL
+from tasks.core import catalog
+from tasks.core.errors import UserError
+from tasks.core.refs import EvidenceRef, ModelRef, data_ref
+from tasks.core.saga import Journal
+from tasks.core.step import Plan, read_evidence
+
+
+@flow(name="promote")
+def promote(name: str, version: int = 0) -> dict[str, Any]:
+    """Offer a version of a registered model for promotion.
+
+    name     registered model
+    version  its version; 0: the newest
+    """
+    here = session()
+    store = here.store
+    number = version or int((store.versions(name) or [_missing(name)])[-1].version)
+    aliases = store.aliases(name)
+    champion = aliases.get("champion")
+    if champion == number:
+        verdict = json.loads(next(v for v in store.versions(name) if int(v.version) == number).tags.get("retort.verdict", "{}"))
+        here.record("promote", "registry.gate", True, 0.0, f"{name} version {number} is champion")
+        return {"name": name, "version": number, "promoted": True, "verdict": verdict}
+    models: dict[str, ModelRef] = {"candidate": find_model(f"{name}/{number}")}
+    if champion is not None:
+        models["champion"] = find_model(f"{name}/{champion}")
+    method, settings = here.method("evaluate")
+    test = data_ref(here.settings, POOL, splits=("test",))
+    evidence = step(Plan("gate evidence", method, settings, {"models": models, "test": test}, here.seed))
+    gate, rules = here.method("registry")
+    found = next(v for v in store.versions(name) if int(v.version) == number).tags.get("retort.verdict")
+    verdict = json.loads(found) if found else {}
+    assert isinstance(evidence.ref, EvidenceRef)
+    basis = {"evidence": evidence.ref.run_id, "gate": gate, "settings": rules, "against": champion}
+    if verdict.get("basis") != basis or verdict["promote"]:
+        if here.planning:
+            raise NeedsRun("promote")
+        verdict = decide(name, number, champion, gate, rules, basis)
+    outcome = "is champion" if verdict["promote"] else f"refused: {verdict['reason']}"
+    here.record("promote", "registry.gate", False, 0.0, f"{name} version {number} {outcome}")
+    return {"name": name, "version": number, "promoted": verdict["promote"], "verdict": verdict}
+
+
+@task(name="registry.gate", task_run_name="gate: {name} version {number}", cache_policy=NO_CACHE, persist_result=False)
+def decide(name: str, number: int, champion: int | None, gate: str, rules: dict[str, Any], basis: dict[str, Any]) -> dict[str, Any]:
+    """Apply the gate, store the verdict, then move the alias: read, journal, check, set, read again.
+
+    Each part may be repeated: what was cut off is done again by the next run.
+    """
+    here = session()
+    store, client = here.store, here.store.client
+    evidence = read_evidence(store, EvidenceRef(run_id=basis["evidence"]))
+    decision = catalog.get(gate).entry(evidence, catalog.configure(gate, rules), seed=here.seed)
+    verdict = {"promote": decision.promote, "reason": decision.reason, "rules": [asdict(r) for r in decision.rules], "basis": basis}
+    store.log_json(basis["evidence"], f"verdict-{name}-{number}.json", verdict)
+    client.set_model_version_tag(name, str(number), "retort.verdict", json.dumps(verdict))
+    client.set_registered_model_alias(name, "candidate", str(number))
+    journal = Journal(here.settings.home / "journal.jsonl")
+    if not decision.promote:
+        journal.append("refused", name=name, version=number, champion=champion, reason=decision.reason)
+        return verdict
+    if store.aliases(name).get("champion") != champion:
+        raise UserError(f"the champion of {name} changed while version {number} was judged; run the promotion again")
+    journal.append("promoting", name=name, version=number, champion=champion, reason=decision.reason)
+    client.set_registered_model_alias(name, "champion", str(number))
+    if store.aliases(name).get("champion") != number:
+        raise UserError(f"the champion of {name} could not be set to version {number}: something else moves it")
+    journal.append("promoted", name=name, version=number, champion=champion)
+    return verdict
+
+
+def _missing(name: str) -> Any:
+    known = ", ".join(session().store.names()) or "none yet: make one with 'retort run'"
+    raise UserError(f"there is no registered model {name!r}; there are: {known}")
+
+
+if __name__ == "__main__":
+    from flows.cli import run_alone
+
+    run_alone(promote)

@@ -1,0 +1,95 @@
+"""Unlearn: make a model forget the samples of a request, beside the references that show how well it did.
+
+Consumes  a model out of the registry, the data it was trained on, and the ids of a request
+Produces  the unlearned model, registered as the next version; a retrained and a fine-tuned reference, logged but not registered
+Started   by `retort run`, `retort unlearn`, or a deletion request
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefect import flow
+
+from flows._registry import find_model, model_name, register
+from flows._session import session, step
+from flows.train import DATA
+from tasks.core.errors import UserError
+from tasks.core.refs import DataRef, ModelRef, data_ref, open_data, write_request
+from tasks.core.step import Done, Inputs, Plan
+
+DEMONSTRATION = "demonstration"
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """The steps of one request: the unlearned model first, then the references; and the data that they used."""
+
+    request: str
+    original: ModelRef
+    chosen: Done
+    references: dict[str, Done]
+    forget: tuple[DataRef, ...]
+    retain: tuple[DataRef, ...]
+
+
+@flow(name="unlearn")
+def unlearn(request: str = DEMONSTRATION, model: str = "", data: tuple[str, ...] = DATA) -> Unlearned:
+    """Unlearn with the method that params.yaml names; `retrain` and `finetune` run beside it as references.
+
+    request  id of a stored request, or `demonstration`: some training rows drawn by the seed
+    model    `NAME@alias` or `NAME/version`; none: the newest version of the project's teacher that was trained
+    data     the folders that the model was trained on
+    """
+    here = session()
+    method, settings = here.method("unlearn")
+    draw = settings.pop("demonstration_rows", 10)
+    if not isinstance(draw, int) or draw < 1:
+        raise UserError(f"{here.settings.params}: 'unlearn.demonstration_rows' must be a whole number of 1 or more, not {draw!r}")
+    whole = tuple(data_ref(here.settings, spec) for spec in data)
+    if request == DEMONSTRATION:
+        request = _draw(whole, draw, here.seed)
+    original = find_model(model) if model else _newest_trained()
+    forget = tuple(ref.model_copy(update={"only": request}) for ref in whole)
+    retain = tuple(ref.model_copy(update={"without": request}) for ref in whole)
+    inputs: Inputs = {"model": original, "forget": forget, "retain": retain}
+    extra = {"retort.request": request}
+
+    def do(role: str, name: str, given: dict[str, object]) -> Done:
+        done = step(Plan(role, name, given, inputs, here.seed, extra))
+        here.record("unlearn", name, done.cached, done.seconds, f"{done.seconds:.1f} s in the method")
+        return done
+
+    chosen = do("unlearned", method, settings)
+    references = {
+        "retrain": do("retrained", "unlearn.retrain", here.params("recipe")),
+        "finetune": do("finetuned", "unlearn.finetune", dict(here.params("references").get("finetune") or {})),
+    }
+    register(model_name("teacher"), chosen)
+    return Unlearned(request, original, chosen, references, forget, retain)
+
+
+def _draw(refs: tuple[DataRef, ...], rows: int, seed: int) -> str:
+    """A request for some labelled original rows, drawn by the seed."""
+    import numpy as np
+
+    here = session()
+    data = open_data(here.settings, *refs)
+    originals = np.flatnonzero(~data.synthetic() & (data.labels() >= 0))
+    if len(originals) <= rows:
+        raise UserError(f"a demonstration request of {rows} rows needs more labelled originals than the {len(originals)} there are")
+    chosen = np.random.default_rng(seed).choice(originals, rows, replace=False)
+    return write_request(here.settings, data.take(chosen).ids())
+
+
+def _newest_trained() -> ModelRef:
+    here = session()
+    name = model_name("teacher")
+    trained = [version for version in here.store.versions(name) if version.tags.get("retort.role") == "teacher"]
+    return find_model(f"{name}/{trained[-1].version}") if trained else find_model(name)
+
+
+if __name__ == "__main__":
+    from flows.cli import run_alone
+
+    run_alone(unlearn)

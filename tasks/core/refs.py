@@ -1,0 +1,186 @@
+"""What flows pass around: references to data and models, never the things themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from tasks.core import files
+from tasks.core.dataset import Dataset, read_info
+from tasks.core.errors import UserError
+from tasks.core.settings import Settings
+
+
+class DataRef(BaseModel, frozen=True, extra="forbid"):
+    """Rows of one version of a data folder.
+
+    path      folder, relative to the project
+    md5       the identity that DVC gives it
+    kept      for verdicts: the kept rows or the rejected ones
+    splits    only these splits; none: all
+    labelled  False hides the labels
+    only      id of a request: only the rows that it names
+    without   id of a request: neither the rows that it names nor any made from them
+    apart_from  for verdicts: no row whose image equals one of these splits of the pool
+    """
+
+    path: str
+    md5: str
+    kept: bool = True
+    splits: tuple[str, ...] = ()
+    labelled: bool = True
+    only: str = ""
+    without: str = ""
+    apart_from: tuple[str, ...] = ()
+
+
+class ModelRef(BaseModel, frozen=True, extra="forbid"):
+    """A logged model: its MLflow id and the run that made it."""
+
+    model_id: str
+    run_id: str
+    sha256: str
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.model_id}"
+
+
+class EvidenceRef(BaseModel, frozen=True, extra="forbid"):
+    """Evidence that is stored in a run."""
+
+    run_id: str
+
+
+Ref = DataRef | ModelRef | EvidenceRef
+
+
+def data_ref(settings: Settings, spec: str, **view: Any) -> DataRef:
+    """Reference to a data folder as it is now, or as it was: `data/filtered` or `data/filtered@v1.0` (any git revision).
+
+    Raises UserError where that revision has no such data.
+    """
+    path, _, revision = spec.partition("@")
+    if not revision:
+        folder = settings.root / path
+        if not (folder / "dataset.json").exists():
+            raise UserError(f"{path} is not there: make it with 'dvc repro', or get it with 'dvc pull'")
+        return DataRef(path=path, md5=files.folder_md5(folder), **view)
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+
+    try:
+        info = DVCFileSystem(str(settings.root), rev=revision).info(path)
+        md5 = info["dvc_info"]["md5"]
+    except (DvcException, FileNotFoundError, KeyError) as error:
+        raise UserError(f"revision {revision!r} has no data at {path!r}: {error}") from None
+    return DataRef(path=path, md5=md5, **view)
+
+
+def open_data(settings: Settings, *refs: DataRef) -> Dataset:
+    """Open the rows that the references name, joined in their order. Raises UserError where a version cannot be had."""
+    parts = [_open_one(settings, ref) for ref in refs]
+    whole = parts[0]
+    for more in parts[1:]:
+        whole = whole + more
+    return whole
+
+
+def request_ids(settings: Settings, request: str) -> list[str]:
+    """The sample ids of a request. They live in this one file, and never in a tag, a parameter or a log."""
+    import pyarrow.parquet as pq
+
+    return list(pq.read_table(settings.home / "requests" / f"{request}.parquet")["sample_id"].to_pylist())
+
+
+def write_request(settings: Settings, ids: list[str]) -> str:
+    """Store the ids of a request and give its id, which says nothing about them. The same ids give the same request."""
+    import pyarrow as pa
+
+    from tasks.core.dataset import write_parquet
+
+    ids = sorted(ids)
+    secret = _secret(settings)
+    request = "r-" + hashlib.blake2b(json.dumps(ids).encode(), key=secret, digest_size=8).hexdigest()
+    target = settings.home / "requests" / f"{request}.parquet"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_suffix(".new")
+        write_parquet(fresh, pa.table({"sample_id": ids}))
+        fresh.replace(target)
+    return request
+
+
+def _secret(settings: Settings) -> bytes:
+    import secrets
+
+    path = settings.home / "requests.key"
+    if not path.exists():
+        files.write_bytes(path, secrets.token_bytes(32))
+        path.chmod(0o600)
+    return path.read_bytes()
+
+
+def _open_one(settings: Settings, ref: DataRef) -> Dataset:
+    folder = _folder_of(settings, ref)
+    rows = Dataset.open(folder, kept=ref.kept)
+    if ref.splits:
+        rows = rows.split(*ref.splits)
+    if ref.only:
+        rows = rows.with_ids(request_ids(settings, ref.only))
+    if ref.without:
+        rows = rows.without_descendants(request_ids(settings, ref.without))
+    if ref.apart_from:
+        held_out = Dataset.open((folder / (rows_of(folder) or ".")).resolve()).split(*ref.apart_from)
+        rows = rows.without_images_of(held_out)
+    return rows if ref.labelled else rows.without_labels()
+
+
+def rows_of(folder: Path) -> str:
+    """For verdicts the relative path of the pool that they judge; otherwise nothing."""
+    info = read_info(folder)
+    return "" if info.of is None else info.of["path"]
+
+
+def _folder_of(settings: Settings, ref: DataRef) -> Path:
+    here = settings.root / ref.path
+    if here.exists() and files.folder_md5(here) == ref.md5:
+        return here
+    stored = settings.cache / "versions" / ref.md5 / Path(ref.path).name
+    if not stored.exists():
+        _fetch(settings, ref.md5, stored)
+    info = read_info(stored)
+    if info.of is not None:  # verdicts name their pool by a relative path, which must lead to the same version
+        pool = (stored / info.of["path"]).resolve()
+        if not pool.exists():
+            _fetch(settings, info.of["md5"], pool)
+    return stored
+
+
+def _fetch(settings: Settings, md5: str, target: Path) -> None:
+    """Get one version of a folder out of DVC's cache or remotes by its md5."""
+    from dvc.repo import Repo
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    with Repo(str(settings.root)) as repo:
+        places = [repo.cache.local]
+        remote = repo.config["core"].get("remote")
+        if remote:
+            places.append(repo.cloud.get_remote_odb(remote))
+        for place in places:
+            try:
+                tree = Tree.load(place, HashInfo("md5", md5))
+            except (FileNotFoundError, OSError):
+                continue
+            with files.replacing_folder(target) as fresh:
+                for key, _, digest in tree:
+                    path = fresh.joinpath(*key)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    place.fs.get_file(place.oid_to_path(digest.value), str(path))
+            return
+    raise UserError(f"version {md5} of {target.name} is neither in the DVC cache nor in a remote: 'dvc pull' it, or choose another version")

@@ -1,0 +1,263 @@
+"""MLflow as the store: steps that are done, models, evidence, versions and aliases. Always by explicit run and model ids.
+
+A step's run carries `retort.key` from its start and `retort.done`, the same key, as the last thing written. So a run without the second
+was cut off: `sweep` removes it. The result of a step stands in its tag `retort.result`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from tasks.core import files
+from tasks.core.errors import UserError
+from tasks.core.refs import DataRef, ModelRef
+from tasks.core.settings import Settings
+
+EXPERIMENT = "retort"
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The environment that MLflow must run in: no pickle, no telemetry, no progress bars."""
+    return {
+        "MLFLOW_TRACKING_URI": settings.tracking_uri,
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "DO_NOT_TRACK": "true",
+    }
+
+
+class Store:
+    """One project's tracking store and registry. `Store(settings)` makes them where they are not there yet."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        os.environ.update(environment(settings))
+        prepare(settings)
+        import mlflow
+
+        mlflow.set_tracking_uri(settings.tracking_uri)
+        mlflow.set_registry_uri(settings.tracking_uri)
+        self.client = mlflow.MlflowClient()
+        self._experiments: dict[str, str] = {}
+
+    # steps
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """The result of the finished step with this key, or None."""
+        experiment = self.experiment()
+        runs = self.client.search_runs([experiment], f"tags.`retort.done` = '{key}'", max_results=1)
+        if not runs:
+            return None
+        result: dict[str, Any] = json.loads(runs[0].data.tags["retort.result"])
+        return {**result, "run_id": runs[0].info.run_id}
+
+    def start(self, key: str, name: str, *, params: Mapping[str, Any], tags: Mapping[str, str], inputs: Sequence[DataRef]) -> str:
+        """Begin a step's run and give its id."""
+        from mlflow.entities import Dataset as Logged
+        from mlflow.entities import DatasetInput
+
+        run = self.client.create_run(self.experiment(), run_name=name, tags={"retort.key": key, "retort.pid": str(os.getpid()), **tags})
+        run_id: str = run.info.run_id
+        for param, value in params.items():
+            self.client.log_param(run_id, param, value)
+        logged = [Logged(name=ref.path, digest=ref.md5[:36], source_type="dvc", source=ref.model_dump_json()) for ref in inputs]
+        if logged:
+            self.client.log_inputs(run_id, [DatasetInput(item, tags=[]) for item in logged])
+        return run_id
+
+    def finish(self, run_id: str, key: str, result: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """End a step's run well: its metrics, its result, and last the mark that it is done."""
+        from mlflow.entities import Metric, RunTag
+
+        now = int(time.time() * 1000)
+        known = [Metric(name, float(value), now, 0) for name, value in metrics.items() if value == value]
+        self.client.log_batch(run_id, metrics=known, tags=[RunTag("retort.result", json.dumps(result))])
+        self.client.set_terminated(run_id, "FINISHED")
+        self.client.set_tag(run_id, "retort.done", key)
+
+    def fail(self, run_id: str) -> None:
+        """End a step's run badly."""
+        self.client.set_terminated(run_id, "FAILED")
+
+    def sweep(self) -> int:
+        """Remove what steps that were cut off have left, models without an end included. Give the number of runs removed.
+
+        Only for the holder of the project's lock: then no step of this project is running.
+        """
+        experiment = self.experiment()
+        cut_off = [
+            run
+            for run in self.client.search_runs([experiment], "attributes.status != 'FAILED'")
+            if "retort.key" in run.data.tags and "retort.done" not in run.data.tags
+        ]
+        for run in cut_off:
+            for model in self.client.search_logged_models([experiment], filter_string=f"source_run_id = '{run.info.run_id}'"):
+                self.client.delete_logged_model(model.model_id)
+                if model.artifact_location.startswith("file:"):
+                    shutil.rmtree(Path(url2pathname(urlparse(model.artifact_location).path)).parent, ignore_errors=True)
+            self.client.delete_run(run.info.run_id)
+        return len(cut_off)
+
+    # artifacts
+
+    def log_json(self, run_id: str, name: str, values: Any) -> None:
+        """Store plain values as an artifact of a run."""
+        self.client.log_dict(run_id, values, name)
+
+    def log_file(self, run_id: str, path: Path) -> None:
+        """Store a file as an artifact of a run, under its own name."""
+        self.client.log_artifact(run_id, str(path))
+
+    def artifact(self, run_id: str, name: str) -> Path:
+        """A local path of a run's artifact."""
+        import mlflow
+
+        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, tracking_uri=self.settings.tracking_uri))
+
+    # models
+
+    def log_net(self, run_id: str, net: Any, *, name: str, classes: Sequence[str], tags: Mapping[str, str]) -> ModelRef:
+        """Store a network as an MLflow model that any client can serve without this package."""
+        import mlflow.pyfunc
+        import numpy as np
+        from mlflow.models import Model, ModelSignature
+        from mlflow.types import Schema, TensorSpec
+        from safetensors.torch import save_file
+
+        from tasks.core import networks
+
+        shape = tuple(net.arch["shape"])
+        signature = ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, *shape))]),
+            outputs=Schema([TensorSpec(np.dtype("float32"), (-1, int(net.arch["classes"])))]),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            weights, arch, entry = Path(folder, "weights.safetensors"), Path(folder, "arch.json"), Path(folder, "model_entry.py")
+            save_file({key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}, weights)
+            arch.write_text(json.dumps({**net.arch, "class_names": list(classes)}), encoding="utf-8")
+            source = Path(networks.__file__).read_text(encoding="utf-8")
+            entry.write_text(source + "\n\n" + Path(__file__).with_name("_model_entry.py").read_text(encoding="utf-8"), encoding="utf-8")
+            sha256 = _sha256(weights)
+            made = self.client.create_logged_model(self.experiment(), name, run_id, tags={**tags, "retort.sha256": sha256})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it asks for type hints that would shut out tensors
+                Model.log(
+                    artifact_path=None,
+                    flavor=mlflow.pyfunc,
+                    name=name,
+                    run_id=run_id,
+                    model_id=made.model_id,
+                    python_model=str(entry),
+                    artifacts={"weights": str(weights), "arch": str(arch)},
+                    signature=signature,
+                    # made of noise: an example of real rows would keep them alive in every copy of the model
+                    input_example=np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8),
+                    pip_requirements=["torch", "safetensors", "numpy", "mlflow"],
+                )
+        return ModelRef(model_id=made.model_id, run_id=run_id, sha256=sha256)
+
+    def load_net(self, ref: ModelRef) -> Any:
+        """Load a model back as a trainable network. Raises UserError where its weights are gone or are not those that were stored."""
+        import mlflow
+        from safetensors.torch import load_file
+
+        from tasks.core import networks
+
+        try:
+            folder = Path(mlflow.artifacts.download_artifacts(ref.uri)) / "artifacts"
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            raise UserError(f"model {ref.model_id} cannot be loaded: {error}") from None
+        weights = folder / "weights.safetensors"
+        if not weights.is_file() or _sha256(weights) != ref.sha256:
+            raise UserError(f"the weights of model {ref.model_id} are not those that were registered; restore {weights}, or retrain")
+        arch = json.loads((folder / "arch.json").read_text(encoding="utf-8"))
+        arch.pop("class_names", None)
+        net = networks.build(arch)
+        net.load_state_dict(load_file(weights))
+        return net.eval()
+
+    # registry
+
+    def register(self, name: str, ref: ModelRef, tags: Mapping[str, str]) -> int:
+        """The version of `name` that holds this model: the one there is, or a new one, tagged from its first moment."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.get_registered_model(name)
+        except MlflowException:
+            self.client.create_registered_model(name)
+        for version in self.versions(name):
+            if version.tags.get("retort.model") == ref.model_id:
+                return int(version.version)
+        stamped = {"retort.model": ref.model_id, "retort.run": ref.run_id, "retort.sha256": ref.sha256, **tags}
+        made = self.client.create_model_version(name, source=ref.uri, run_id=ref.run_id, tags=stamped, model_id=ref.model_id)
+        return int(made.version)
+
+    def versions(self, name: str) -> list[Any]:
+        """All versions of a registered model, the oldest first."""
+        return sorted(self.client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version))
+
+    def names(self) -> list[str]:
+        """Names of the registered models, sorted."""
+        return sorted(model.name for model in self.client.search_registered_models())
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Aliases of a registered model and the versions that they stand for."""
+        return {alias: int(version) for alias, version in self.client.get_registered_model(name).aliases.items()}
+
+    def version_ref(self, name: str, version: int | str) -> ModelRef:
+        """The model that a version or an alias stands for. Raises UserError that lists what there is."""
+        if name not in self.names():
+            raise UserError(f"there is no registered model {name!r}; there are: {', '.join(self.names()) or 'none, run `retort run`'}")
+        aliases = self.aliases(name)
+        number = aliases.get(str(version), int(version) if str(version).isdigit() else None)
+        for found in self.versions(name):
+            if int(found.version) == number:
+                tags = found.tags
+                return ModelRef(model_id=tags["retort.model"], run_id=tags["retort.run"], sha256=tags["retort.sha256"])
+        known = [*aliases, *(str(found.version) for found in self.versions(name))]
+        raise UserError(f"{name} has no version or alias {version!r}; it has {', '.join(known)}")
+
+    def experiment(self, name: str = EXPERIMENT) -> str:
+        """The id of an experiment whose artifacts lie in the project, made on first use."""
+        if name not in self._experiments:
+            found = self.client.get_experiment_by_name(name)
+            local = self.settings.tracking_uri.startswith("sqlite")
+            place = self.settings.artifacts.as_uri() + f"/{name}" if local else None
+            self._experiments[name] = found.experiment_id if found else self.client.create_experiment(name, artifact_location=place)
+        return self._experiments[name]
+
+
+def prepare(settings: Settings) -> None:
+    """Make the embedded database. Ten seconds once; it appears under its name only when it is whole."""
+    if not settings.tracking_uri.startswith("sqlite") or settings.mlflow_db.exists():
+        return
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with files.exclusive(settings.home / "mlflow.lock"):
+        if settings.mlflow_db.exists():
+            return
+        from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
+
+        fresh = settings.home / f"mlflow.new-{os.getpid()}.db"
+        engine = create_sqlalchemy_engine_with_retry(f"sqlite:///{fresh}")
+        _initialize_tables(engine)
+        engine.dispose()
+        fresh.replace(settings.mlflow_db)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
