@@ -311,7 +311,7 @@ class Writer:
 
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Write a table so that equal values give equal bytes: zstd, no pandas metadata, no page statistics."""
-    pq.write_table(table, path, compression="zstd", write_statistics=False, store_schema=False)
+    pq.write_table(table, path, compression="zstd", write_statistics=False)
 
 
 def read_info(folder: Path) -> Info:

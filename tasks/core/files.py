@@ -81,7 +81,7 @@ def file_md5(path: Path) -> str:
 def folder_md5(folder: Path) -> str:
     """md5 that DVC gives a folder: of the JSON list of its files' md5 and relative path, ending in `.dir`."""
     entries = [{"md5": file_md5(path), "relpath": path.relative_to(folder).as_posix()} for path in folder.rglob("*") if path.is_file()]
-    entries.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
+    entries.sort(key=lambda entry: entry["relpath"])
     return hashlib.md5(json.dumps(entries, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 

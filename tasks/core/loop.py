@@ -25,7 +25,7 @@ Module = TypeVar("Module", bound=nn.Module)
 class Recipe(MethodConfig):
     """The settings of `fit_supervised`: what `train.supervised` and the retrained reference of unlearning must share."""
 
-    steps: int = Field(800, ge=1, description="batches seen")
+    steps: int = Field(600, ge=1, description="batches seen")
     batch: int = Field(64, ge=1, description="rows of each batch term")
     lr: float = Field(0.1, gt=0, description="peak learning rate of SGD")
     momentum: float = Field(0.9, ge=0, lt=1)

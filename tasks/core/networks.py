@@ -37,7 +37,10 @@ class Net(nn.Module):
 
 
 class ConvNet(Net):
-    """3x3 convolutions, each with ReLU and 2x2 max-pooling, then one hidden layer. Images of 16 pixels and more are halved first."""
+    """3x3 convolutions, each with 2x2 max-pooling and ReLU, then one hidden layer. Images of 16 pixels and more are halved first.
+
+    Raises ValueError where the image is too small for so many poolings.
+    """
 
     def __init__(self, arch: dict[str, Any]) -> None:
         super().__init__(arch)
@@ -45,14 +48,19 @@ class ConvNet(Net):
         layers: list[nn.Module] = []
         for at, out in enumerate(arch["widths"]):
             stride = 2 if at == 0 and min(height, width) >= 16 else 1
-            layers += [nn.Conv2d(channels, out, 3, stride=stride, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            # pooling and ReLU commute; this order leaves ReLU a quarter of the values
+            layers += [nn.Conv2d(channels, out, 3, stride=stride, padding=1), nn.MaxPool2d(2), nn.ReLU()]
             height, width = -(-height // stride) // 2, -(-width // stride) // 2
             channels = out
+        if min(height, width) == 0:
+            raise ValueError(f"images of {arch['shape'][1]}x{arch['shape'][2]} are too small for {len(arch['widths'])} poolings")
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, arch["hidden"]), nn.ReLU())
         self.head = nn.Linear(arch["hidden"], arch["classes"])
 
     def features(self, images: Tensor) -> Tensor:
-        features: Tensor = self.body((images - self.mean) / self.std)
+        # channels last is nearly twice as fast on a CPU, and the weights stay as they are
+        images = ((images - self.mean) / self.std).to(memory_format=torch.channels_last)
+        features: Tensor = self.body(images)
         return features
 
 
