@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 
 from tasks.core.dataset import IMAGE, SCHEMAS, Dataset, Info, Writer, encode, image_column
 from tasks.core.settings import shared_data
+from tests import workspace
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 assert IMAGE in SCHEMAS["image"].types
@@ -51,4 +52,14 @@ def shared() -> Path:
     folder = shared_data()
     if not (folder / "fashion_mnist").is_dir():
         pytest.skip(f"needs the data sets of RETORT_DATA; {folder} has none")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which the main job has run once, every method at its smallest. Tests that change it work on a copy."""
+    folder = workspace.make(tmp_path_factory.mktemp("finished") / "project", workspace.smoke_params())
+    ran = workspace.retort(folder, "run")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (folder / "first-run.txt").write_text(ran.stdout)
     return folder

@@ -29,7 +29,9 @@ def whole_table(data: Dataset) -> pa.Table:
 
 def judge(pool: Dataset, folder: Path, kept: np.ndarray) -> None:
     info = Info("verdicts", of={"path": "../pool", "md5": folder_md5(pool.parts[0].folder)})
-    rows = pa.table({"sample_id": pool.ids(), "score": kept.astype(np.float32), "kept": kept, "reason": [""] * len(pool)}, SCHEMAS["verdicts"])
+    rows = pa.table(
+        {"sample_id": pool.ids(), "score": kept.astype(np.float32), "kept": kept, "reason": [""] * len(pool)}, SCHEMAS["verdicts"]
+    )
     with Writer(folder, info) as out:
         out.write(rows)
 
