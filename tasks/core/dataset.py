@@ -11,9 +11,11 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -297,12 +299,19 @@ class Writer:
         self.info = replace(self.info, **changes)
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: Any) -> None:
-        if kind is None:
-            rest = pa.concat_tables(self._waiting) if self._waiting else self.schema.empty_table()
-            if rest.num_rows or self._shard == 0:
-                self._write_shard(rest)
-            (self.temporary / "dataset.json").write_text(replace(self.info, rows=self.rows).to_json(), encoding="utf-8")
+        try:
+            if kind is None:
+                self._close()
+        except BaseException as error:
+            self._swap.__exit__(type(error), error, error.__traceback__)
+            raise
         self._swap.__exit__(kind, value, trace)
+
+    def _close(self) -> None:
+        rest = pa.concat_tables(self._waiting) if self._waiting else self.schema.empty_table()
+        if rest.num_rows or self._shard == 0:
+            self._write_shard(rest)
+        (self.temporary / "dataset.json").write_text(replace(self.info, rows=self.rows).to_json(), encoding="utf-8")
 
     def _write_shard(self, table: pa.Table) -> None:
         write_parquet(self.temporary / f"part-{self._shard:05d}.parquet", table.replace_schema_metadata(self.schema.metadata))
@@ -367,10 +376,14 @@ def decoded(folder: Path, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
         array = np.lib.format.open_memmap(fresh, mode="w+", dtype=np.uint8, shape=(len(whole), *shape))
         at = 0
         with ThreadPoolExecutor(2) as pool:
-            blobs = (batch.column(0).field("bytes").to_pylist() for batch in whole.batches(["image"], 2048))
-            for images in pool.map(lambda some: decode(some, shape), blobs):
-                array[at : at + len(images)] = images
-                at += len(images)
+            waiting: deque[Future[npt.NDArray[np.uint8]]] = deque()
+            for batch in chain(whole.batches(["image"], 2048), [None, None, None]):
+                if len(waiting) == 3 or (batch is None and waiting):  # few in flight: `pool.map` would read the whole folder ahead
+                    images = waiting.popleft().result()
+                    array[at : at + len(images)] = images
+                    at += len(images)
+                if batch is not None:
+                    waiting.append(pool.submit(decode, batch.column(0).field("bytes").to_pylist(), shape))
         array.flush()
         fresh.replace(path)
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]

@@ -1,0 +1,179 @@
+"""What every kind of source gives: raw rows in small batches, and the facts about them that need no decoding."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from tasks.core.errors import UserError
+
+BATCH = 1024  # rows that are read, decoded and written together
+BATCH_BYTES = 32 << 20  # fewer rows where images are large
+FILE_BYTES = 64 << 20  # one image, caption or JSON file; more is no image that a pool should hold
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
+DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
+    "image": ("image",),
+    "label": ("label",),
+    "caption": ("text", "caption"),
+    "sample_id": ("sample_id",),
+    "split": ("split",),
+}
+
+
+class Flaw(NamedTuple):
+    """Why a row goes to quarantine: the column at fault, its value (shown shortened), and the reason."""
+
+    column: str
+    value: Any
+    reason: str
+
+
+class Raw(NamedTuple):
+    """One row as the source has it. `row` counts from 0 in its file; `place` is the image's own name, where it has one."""
+
+    file: str
+    row: int
+    id: str | None = None
+    image: bytes | None = None
+    place: str | None = None
+    label: Any = None
+    caption: str | None = None
+    split: str | None = None
+    clean: bool | None = None
+    flaw: Flaw | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source, looked over: nothing is decoded yet.
+
+    total    rows, good and bad
+    batches  streams them, each time from the start
+    splits   values of its own split column; None where it has none
+    has_ids  without ids of its own, a row is named by its content
+    columns  what the source calls `image`, `label`, `caption`, `sample_id` and `split`, for the quarantine
+    """
+
+    name: str
+    total: int
+    batches: Callable[[], Iterator[list[Raw]]]
+    classes: tuple[str, ...] | None = None
+    splits: frozenset[str] | None = None
+    has_ids: bool = True
+    columns: Mapping[str, str] = field(default_factory=dict)
+    licence: str = ""
+    origin: str = ""
+
+    def column(self, role: str) -> str:
+        return self.columns.get(role, role)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of one address on any file system that fsspec knows."""
+
+    address: str
+    system: Any
+    root: str
+    paths: tuple[str, ...]
+    is_folder: bool
+
+    @property
+    def is_local(self) -> bool:
+        protocol = self.system.protocol
+        return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+    @property
+    def title(self) -> str:
+        """A name for the whole: the folder's, or the first file's."""
+        return PurePosixPath(self.root).name if self.is_folder else PurePosixPath(shown(self.paths[0])).stem
+
+    def name(self, path: str) -> str:
+        """A path relative to the root, so that a dataset is the same wherever its source lies."""
+        return shown(path)[len(self.root) :].lstrip("/")
+
+    def only(self, *suffixes: str) -> Files:
+        """The files with one of the suffixes. Raises UserError where there are none."""
+        paths = tuple(p for p in self.paths if suffix(p) in suffixes)
+        if not paths:
+            raise UserError(f"{shown(self.address)} has no file ending in {', '.join('.' + s for s in suffixes)}")
+        return replace(self, paths=paths)
+
+    def open(self, path: str) -> Any:
+        return self.system.open(path, "rb")
+
+
+def find(address: str) -> Files:
+    """The files at a path, in a folder and below it, at a glob or at any fsspec URL, sorted; hidden ones are left out.
+
+    Raises UserError where there is nothing, or where the file system is unknown or does not answer.
+    """
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(address)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"source {shown(address)} cannot be opened: {first_line(error)}") from None
+    try:
+        if system.isfile(path):
+            return Files(address, system, shown(path).rpartition("/")[0], (path,), False)
+        if system.isdir(path):
+            root = path.rstrip("/")
+            return Files(address, system, root, _visible(system.find(path), root), True)
+        if not glob.has_magic(path):
+            raise UserError(f"source {shown(address)} does not exist")
+        root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+        found = _visible((p for p in system.glob(path) if system.isfile(p)), root)
+    except OSError as error:
+        raise UserError(f"source {shown(address)} cannot be read: {first_line(error)}") from None
+    if not found:
+        raise UserError(f"source {shown(address)} matches no file")
+    return Files(address, system, root, found, False)
+
+
+def _visible(paths: Iterable[str], root: str) -> tuple[str, ...]:
+    return tuple(sorted(p for p in paths if not any(part.startswith(".") for part in p[len(root) :].split("/"))))
+
+
+def resolve(names: list[str], wanted: Mapping[str, str | None], needed: set[str], where: str) -> dict[str, str]:
+    """Which of a file's columns plays which role: `wanted` first, then the defaults.
+
+    An optional column that is not there is left out; but one whose name comes near is taken for a slip of the pen, since a misspelt
+    `split` would mix test rows into the training rows. Raises UserError with the nearest name and all the names there are.
+    """
+    found: dict[str, str] = {}
+    for role, defaults in DEFAULT_COLUMNS.items():
+        choice = (wanted[role],) if role in wanted else defaults
+        if choice == (None,):
+            if role in needed - {"label"}:
+                raise UserError(f"{where}: columns.{role} must name a column, not null; there are {', '.join(names)}")
+            continue
+        present = [name for name in choice if name in names]
+        if present:
+            found[role] = str(present[0])
+            continue
+        free = {name.lower(): name for name in names if name not in found.values()}
+        near = [free[hit] for name in choice for hit in get_close_matches(str(name).lower(), free, n=1, cutoff=0.8)]
+        if role in needed or role in wanted or near:
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            way = f"set columns.{role} to the right one" + (", or to null" if role not in needed - {"label"} else "")
+            raise UserError(f"{where} has no column {choice[0]!r}; {hint}it has {', '.join(names) or 'none'}: {way}")
+    return found
+
+
+def shown(address: str) -> str:
+    """An address, or a text with addresses, fit for messages and metadata: without passwords and signatures."""
+    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", re.sub(r"://[^/@\s]*@", "://", address))
+
+
+def suffix(path: str) -> str:
+    return PurePosixPath(shown(path)).suffix.lower().lstrip(".")
+
+
+def first_line(error: BaseException) -> str:
+    return shown((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))

@@ -1,0 +1,147 @@
+"""Raw rows in, good rows and flaws out: checked and decoded by threads, in the source's order."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.core.dataset import SPLITS
+from tasks.core.errors import UserError
+from tasks.core.progress import track
+from tasks.pool import _draw, _images
+from tasks.pool._base import BATCH, Flaw, Raw, Source
+
+MAX_CLASSES = 65_536  # where there are no class names to say how many
+Classes = tuple[str, ...] | None
+
+
+class Good(NamedTuple):
+    """A row that may enter the pool, if its id is new."""
+
+    file: str
+    row: int
+    id: str
+    image: bytes
+    label: int | None
+    caption: str | None
+    split: str
+    clean: bool | None
+
+
+Bad = tuple[str, int, Flaw]  # file, row, flaw
+Checked = tuple[list[Good], list[Bad]]
+
+
+def first_image(source: Source, *, size: int | None, mode: str, name: str) -> _images.Want:
+    """What the first readable image asks of all others. Raises UserError where none can be read."""
+    problem = "there is none"
+    for batch in source.batches():
+        for raw in batch:
+            try:
+                if raw.image:
+                    return _images.wanted(raw.image, size, mode)
+            except _images.ImageError as flaw:
+                problem = f"{raw.file}, row {raw.row}: {flaw}"
+    raise UserError(f"source {name} has no image that can be read ({problem}); valid: PNG, JPEG, WebP or BMP bytes")
+
+
+def checked(source: Source, want: _images.Want, classes: Classes, *, limit: int | None, name: str) -> Iterator[Checked]:
+    """Stream a source's rows, parted into good and bad; few batches wait at a time, so memory does not grow with the source."""
+    chosen = _draw.sample(source.total, limit)
+    workers = min(4, os.cpu_count() or 1)
+    waiting: deque[Future[Checked]] = deque()
+    with ThreadPoolExecutor(workers) as threads:
+        for batch in _selected(_tracked(source.batches(), source.total, name), chosen):
+            waiting.append(threads.submit(check, batch, source, want, classes))
+            if len(waiting) > workers + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def check(batch: list[Raw], source: Source, want: _images.Want, classes: Classes) -> Checked:
+    """Part a batch into good rows and bad ones."""
+    good: list[Good] = []
+    bad: list[Bad] = []
+    for raw in batch:
+        found = check_row(raw, source, want, classes)
+        if isinstance(found, Good):
+            good.append(found)
+        else:
+            bad.append((raw.file, raw.row, found))
+    return good, bad
+
+
+def check_row(raw: Raw, source: Source, want: _images.Want, classes: Classes) -> Good | Flaw:
+    """One row, decoded, or what is wrong with it."""
+    if raw.flaw:
+        return raw.flaw
+    if source.has_ids and not raw.id:
+        return Flaw(source.column("sample_id"), raw.id, "sample_id is missing")
+    if source.splits is not None and raw.split not in SPLITS:
+        return Flaw(source.column("split"), raw.split, f"split is not one of {', '.join(SPLITS)}")
+    label = None if raw.label is None else whole(raw.label, classes)
+    if isinstance(label, str):
+        return Flaw(source.column("label"), raw.label, label)
+    caption = raw.caption if raw.caption and raw.caption.strip() else None
+    if label is None and caption is None:
+        return Flaw(source.column("label"), None, "neither a label nor a caption")
+    if not raw.image:
+        return Flaw(source.column("image"), raw.place, "image is missing")
+    try:
+        image, pixels = _images.standard(raw.image, want, pixels=not source.has_ids)
+    except _images.ImageError as flaw:
+        return Flaw(source.column("image"), raw.place or raw.image, str(flaw))
+    # where the caption will be made from the class name, the name counts: the wording itself is drawn from the id
+    about = caption or ("" if label is None else class_name(label, classes))
+    name = raw.id or hashlib.md5(pixels + about.encode(), usedforsecurity=False).hexdigest()
+    split = "train" if source.splits is None else str(raw.split)
+    return Good(raw.file, raw.row, name, image, label, caption, split, raw.clean)
+
+
+def whole(value: Any, classes: Classes) -> int | str:
+    """A label as an integer, from an integer, its text or the class name; or the reason why it is none."""
+    if isinstance(value, str) and classes and value in classes:
+        return classes.index(value)
+    is_text = isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]{1,18}\s*", value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
+    if not is_text and not is_number:
+        return "label is not an integer" + (" or a class name" if classes else "")
+    label, top = int(value), len(classes) if classes else MAX_CLASSES
+    return label if 0 <= label < top else f"label is out of range: 0 to {top - 1}"
+
+
+def class_name(label: int, classes: Classes) -> str:
+    return classes[label] if classes else f"class {label}"
+
+
+def _selected(batches: Iterator[list[Raw]], chosen: npt.NDArray[np.int64]) -> Iterator[list[Raw]]:
+    """The rows at the sorted positions `chosen`."""
+    at = 0
+    for batch in batches:
+        low, high = np.searchsorted(chosen, [at, at + len(batch)])
+        picked = batch if high - low == len(batch) else [batch[position] for position in chosen[low:high] - at]
+        at += len(batch)
+        if picked:
+            yield picked
+
+
+def _tracked(batches: Iterator[list[Raw]], total: int, name: str) -> Iterator[list[Raw]]:
+    """The batches, whatever their sizes, with progress counted in steps of `BATCH` rows."""
+    done = 0
+    for step in track(range(math.ceil(total / BATCH)), "read pool"):
+        while done < min((step + 1) * BATCH, total):
+            batch = next(batches, None)
+            if batch is None:
+                raise UserError(f"source {name} lost rows while it was read: {total} at first, then {done}; run again when it is at rest")
+            done += len(batch)
+            yield batch

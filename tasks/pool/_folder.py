@@ -1,0 +1,70 @@
+"""A folder of images, one folder for each class; optionally one for each split above them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tasks.core.dataset import SPLITS
+from tasks.core.errors import UserError
+from tasks.pool._base import BATCH, BATCH_BYTES, FILE_BYTES, IMAGE_SUFFIXES, Files, Flaw, Raw, Source, shown
+
+
+def read(files: Files) -> Source:
+    """Look over a folder. Classes are its folders, sorted by name; if these are called as splits are, the folders one level below.
+
+    Raises UserError where it is no folder, or has no class folder or no images.
+    """
+    if not files.is_folder:
+        raise UserError(f"source {shown(files.address)} is not a folder; give one that has a folder of images for each class")
+    tops = _folders(files, files.root)
+    by_split = bool(tops) and set(tops) <= set(SPLITS)
+    classes = sorted({name for top in tops for name in _folders(files, f"{files.root}/{top}")} if by_split else tops)
+    layout = f"{shown(files.address)} has no class folders: put the images of each class in a folder of the class's name"
+    if not classes:
+        raise UserError(layout)
+    files = files.only(*IMAGE_SUFFIXES)
+    label_of = {name: label for label, name in enumerate(classes)}
+    depth = 2 if by_split else 1
+
+    def row(number: int, path: str) -> tuple[Raw, int]:
+        name = files.name(path)
+        above = name.split("/")[:-1]
+        raw = Raw(name, number, place=name, split=above[0] if by_split and above else None)
+        if len(above) < depth:
+            return raw._replace(flaw=Flaw("label", name, "image is not in a class folder")), 0
+        try:
+            with files.open(path) as source:
+                blob = source.read(FILE_BYTES + 1)
+        except OSError:
+            return raw._replace(flaw=Flaw("image", name, "file cannot be read")), 0
+        if len(blob) > FILE_BYTES:
+            return raw._replace(flaw=Flaw("image", name, f"file is larger than {FILE_BYTES >> 20} MiB")), 0
+        return raw._replace(image=blob, label=label_of[above[depth - 1]]), len(blob)
+
+    def batches() -> Iterator[list[Raw]]:
+        batch: list[Raw] = []
+        size = 0
+        for path in files.paths:
+            raw, length = row(0, path)  # every file is a source file of its own, with one row
+            batch.append(raw)
+            size += length
+            if len(batch) == BATCH or size >= BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    return Source(
+        files.title,
+        len(files.paths),
+        batches,
+        classes=tuple(classes),
+        splits=frozenset(tops) if by_split else None,
+        has_ids=False,
+    )
+
+
+def _folders(files: Files, path: str) -> list[str]:
+    """Names of the folders in a folder, hidden ones left out."""
+    names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in files.system.ls(path, detail=True) if entry["type"] == "directory"]
+    return sorted(name for name in names if not name.startswith("."))

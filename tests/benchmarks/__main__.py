@@ -1,0 +1,187 @@
+"""The figures that the project promises, measured: `make bench`, or `python -m tests.benchmarks NAME...` for some of them.
+
+Nothing here is a test: machines are noisy, so each figure is a ratio against a peer in the same run, or stands beside its bound to be read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from tasks.core.settings import shared_data
+from tests import workspace
+from tests.workspace import environment
+
+PYTHON = sys.executable
+
+
+def timed(command: list[str], folder: Path) -> float:
+    began = time.perf_counter()
+    ran = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    if ran.returncode:
+        sys.exit(f"{command} failed:\n{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}")
+    return time.perf_counter() - began
+
+
+def median(command: list[str], folder: Path, times: int = 5) -> float:
+    return statistics.median(timed(command, folder) for _ in range(times))
+
+
+def full_size() -> dict[str, object]:
+    return yaml.safe_load((workspace.catalog.ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def show(what: str, figure: str, bound: str) -> None:
+    print(f"{what:<64} {figure:>18}   asked: {bound}", flush=True)
+
+
+def main_job(place: Path) -> None:
+    """The whole job from nothing, again with nothing changed, and the same methods in a plain script."""
+    folder = workspace.make(place / "job", full_size())
+    run = [PYTHON, "-m", "flows.cli", "run"]
+    fresh = timed(run, folder)
+    show("main job on digits, from nothing", f"{fresh:.1f} s", "150 s or less")
+    show("again with nothing changed", f"{median(run, folder, 3):.1f} s", "12 s or less")
+    plain = timed([PYTHON, "-m", "tests.benchmarks.plain", str(place / "plain")], _with_tests(folder))
+    show("the same methods in a plain script", f"{plain:.1f} s", "")
+    show("main job over plain script", f"{fresh / plain:.2f}", "1.25 or less")
+    tree = json.loads(timed_output([PYTHON, "-m", "flows.cli", "lineage", "digits-student@champion", "--json"], folder))
+    assert tree["kind"] == "model"
+    _quality(folder)
+
+
+def _quality(folder: Path) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/.retort/mlflow.db")
+    runs = mlflow.search_runs(search_all_experiments=True, filter_string="tags.`retort.role` = 'evidence'", output_format="list")
+    figures = json.loads(Path(mlflow.artifacts.download_artifacts(run_id=runs[0].info.run_id, artifact_path="evidence.json")).read_text())
+    by = figures["figures"]
+    teacher, student = by["teacher"], by["student"]
+    show("teacher's accuracy on held-out digits", f"{teacher['accuracy']['value']:.4f}", "0.97 or more")
+    show("student's accuracy over the teacher's", f"{student['accuracy']['value'] / teacher['accuracy']['value']:.4f}", "0.99 or more")
+    show(
+        "student's parameters over the teacher's", f"{student['parameters']['value'] / teacher['parameters']['value']:.3f}", "0.25 or less"
+    )
+
+
+def commands(place: Path) -> None:
+    """How long the light commands take to answer."""
+    folder = workspace.make(place / "commands", full_size())
+    for words in (["--help"], ["methods"], ["methods", "--json"]):
+        show(f"retort {' '.join(words)}", f"{median([PYTHON, '-m', 'flows.cli', *words], folder):.2f} s", "0.5 s or less")
+
+
+def dvc_status(place: Path) -> None:
+    """`dvc status` with nothing changed, against DVC on a one-stage project whose output is as large."""
+    ours = workspace.make(place / "ours", workspace.smoke_params())
+    dvc = [PYTHON, "-m", "dvc"]
+    timed([*dvc, "repro"], ours)
+    size = sum(p.stat().st_size for p in (ours / "data").rglob("*") if p.is_file())
+    theirs = place / "theirs"
+    theirs.mkdir()
+    timed(["git", "init", "-q"], theirs)
+    timed([*dvc, "init", "-q"], theirs)
+    (theirs / "make.py").write_text(f"open('out.bin', 'wb').write(bytes({size}))\n")
+    (theirs / "dvc.yaml").write_text("stages:\n  one:\n    cmd: python make.py\n    deps: [make.py]\n    outs: [out.bin]\n")
+    timed([*dvc, "repro"], theirs)
+    rounds = [(timed([*dvc, "status"], ours), timed([*dvc, "status"], theirs)) for _ in range(7)]
+    ratio = statistics.median(a for a, _ in rounds) / statistics.median(b for _, b in rounds)
+    show("dvc status, ours over a one-stage project of the same size", f"{ratio:.2f}", "1.2 or less")
+
+
+def batches(place: Path) -> None:
+    """Fashion-MNIST's 60,000 from Parquet to decoded, standardised batches: the first time, and from the mapped array."""
+    import numpy as np
+    import torch
+
+    from tasks.core import loop
+    from tasks.core.dataset import Dataset
+    from tasks.pool import read
+
+    folder = workspace.make(place / "batches", full_size())
+    source = shared_data() / "fashion_mnist"
+    read.read_pool(read.configure({"source": f"parquet:{source}"}), folder / "data" / "pool")
+    data = Dataset.open(folder / "data" / "pool")
+    train = data.where(~np.isin(data.column("split").to_numpy(zero_copy_only=False), ["test"]))
+
+    def one_pass() -> float:
+        began = time.perf_counter()
+        images = train.images()
+        with loop.seeded(0) as generator:
+            for at in loop.index_batches(len(images), 256, len(images) // 256, generator):
+                batch = (loop.to_float(images[at.numpy()]) - 0.286) / 0.353
+        assert isinstance(batch, torch.Tensor)
+        return len(images) / (time.perf_counter() - began)
+
+    show("Parquet to training batches, first pass (decodes)", f"{one_pass():,.0f} images/s", "")
+    show("Parquet to training batches, from the mapped array", f"{one_pass():,.0f} images/s", "40,000 images/s or more")
+
+
+def memory(place: Path) -> None:
+    """Peak memory of each data stage on a pool of 1,000,000 rows, made by repeating Fashion-MNIST under new ids."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(shared_data() / "fashion_mnist" / "train.parquet").select(["image", "label"])
+    source = place / "million"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for part in range(20):
+        rows = table.take(pa.array(rng.integers(0, len(table), 50_000)))
+        ids = pa.array([f"m{part:02d}-{i:05d}" for i in range(50_000)])
+        pq.write_table(rows.append_column("sample_id", ids), source / f"{part:02d}.parquet")
+    params = full_size()
+    params["pool"]["source"] = f"parquet:{source}"
+    folder = workspace.make(place / "memory", params)
+    for stage in ("pool", "filter", "condense", "generate"):
+        name = stage if stage == "pool" else f"{stage}.{params[stage]['method']}"
+        began = time.perf_counter()
+        code = (
+            "import re, sys; from pathlib import Path; from tasks.__main__ import main; status = main([sys.argv[1]]);"
+            "print(re.search(r'VmHWM:\\s+([0-9]+)', Path('/proc/self/status').read_text())[1]); sys.exit(status)"
+        )
+        shown = timed_output([PYTHON, "-c", code, name], folder)
+        peak = int(shown.split()[-1]) / 1024**2
+        show(f"{stage} on 1,000,000 rows: peak memory, in {time.perf_counter() - began:.0f} s", f"{peak:.2f} GB", "1.5 GB or less")
+
+
+def timed_output(command: list[str], folder: Path) -> str:
+    ran = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    if ran.returncode:
+        sys.exit(f"{command} failed:\n{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}")
+    return ran.stdout
+
+
+def _with_tests(folder: Path) -> Path:
+    shutil.copytree(workspace.catalog.ROOT / "tests", folder / "tests", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+ALL: dict[str, Callable[[Path], None]] = {
+    "main_job": main_job,
+    "commands": commands,
+    "dvc_status": dvc_status,
+    "batches": batches,
+    "memory": memory,
+}
+
+
+def main(names: list[str]) -> None:
+    for name in names or list(ALL):
+        with tempfile.TemporaryDirectory(dir=Path.home() if not Path("/var/tmp").is_dir() else "/var/tmp") as place:
+            ALL[name](Path(place))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
