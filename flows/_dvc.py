@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from flows._server import end, spawn
+from tasks.core import files
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings
+from tasks.core.stage import section
 
 STAGES = ("pool", "filter", "condense", "generate")
 
@@ -46,14 +48,35 @@ def clean(settings: Settings, targets: Sequence[str] = ()) -> bool:
         raise UserError(f"DVC cannot read this project: {error}") from None
 
 
+def source_changed(settings: Settings) -> bool:
+    """Whether the source's files are others than when the pool was last read here. DVC cannot know: the source lies outside."""
+    noted = settings.home / "source.json"
+    return noted.exists() and json.loads(noted.read_text(encoding="utf-8")) != _source(settings)
+
+
+def _source(settings: Settings) -> dict[str, str]:
+    from tasks.pool import read
+
+    cfg = read.configure(section(settings, "pool")[0])
+    return {"source": cfg.source, "fingerprint": read.fingerprint(cfg)}
+
+
 def repro(settings: Settings, targets: Sequence[str] = (), *, log: Path, channel: Path) -> list[StageRun]:
     """Run `dvc repro`, then `dvc push` to the default remote. Raises UserError with the sentence of the stage that failed."""
     before = channel.stat().st_size if channel.exists() else 0
-    status = _dvc(settings, ["repro", *targets], log, channel)
+    status = 0
+    if source_changed(settings):
+        status = _dvc(settings, ["repro", "--force", "--single-item", "pool"], log, channel)
+    if status == 0:
+        status = _dvc(settings, ["repro", *targets], log, channel)
     events = _events(channel, before)
     if status != 0:
         said = [event["error"] for event in events if "error" in event]
-        raise UserError(said[-1] if said else f"the data stages failed ('dvc repro' ended with {status}); the last lines of {log} say why")
+        if said:
+            raise UserError(said[-1])
+        faults = [event["fault"] for event in events if "fault" in event]
+        raise RuntimeError(faults[-1] if faults else f"'dvc repro' ended with {status}")
+    files.write_text(settings.home / "source.json", json.dumps(_source(settings)))
     if any(event.get("state") == "end" for event in events):
         _dvc(settings, ["push", "-q"], log, channel)
     seconds = {event["stage"]: float(event["seconds"]) for event in events if event.get("state") == "end"}

@@ -21,7 +21,7 @@ def curate(targets: tuple[str, ...] = ()) -> None:
     targets  names of stages in dvc.yaml; none: all
     """
     here = session()
-    if here.planning and not _dvc.clean(here.settings, targets):
+    if here.planning and (_dvc.source_changed(here.settings) or not _dvc.clean(here.settings, targets)):
         raise NeedsRun("curate")
     runs = [_dvc.StageRun(stage, False, 0.0, _dvc.figures(here.settings, stage)) for stage in _dvc.STAGES]
     if not here.planning:

@@ -1,17 +1,256 @@
-"""Report: one self-contained page of a run. Consumes evidence and verdicts, produces HTML and an MLflow artifact."""
+"""Report: how the main job's result came to be, on one self-contained page.
+
+Consumes  the evidence and verdicts of the main job, its data folders, params.yaml, and the lineage of the models
+Produces  .retort/reports/<data set>-<key>.html, and the same file as an artifact of an MLflow run
+Started   by `retort run`, or a schedule
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import platform
+import re
+import time
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
 
-from flows._session import session
-from tasks.core.step import Done
+from flows import _dvc
+from flows._session import NeedsRun, session, tell
+from tasks.core import catalog, files
+from tasks.core.errors import UserError
+from tasks.core.lineage import made_from
+from tasks.core.page import TEMPLATE, Data, Gallery, Page, Stage, pictures, render
+from tasks.core.refs import EvidenceRef, ModelRef, data_ref
+from tasks.core.settings import read_params
+from tasks.core.step import Done, read_evidence, revision
+
+FOLDERS = {"pool": "data/pool", "filter": "data/filtered", "condense": "data/condensed", "generate": "data/generated"}
+PACKAGES = ("torch", "numpy", "pandas", "pyarrow", "scikit-learn", "diffusers", "peft", "transformers", "prefect", "mlflow", "dvc")
+SHOWN = 16  # pictures of a gallery
+CONDENSED = 60
+OF_CLASS, CLASSES = 5, 20
 
 
 @flow(name="report")
 def report(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) -> str:
+    """Draw the page, or give the one that the same evidence, verdicts, data and settings made. Gives its path.
+
+    evidence    of `evaluate`, on the models
+    forgetting  of `evaluate_forgetting`
+    decisions   of `promote`
+    """
     here = session()
-    path = here.settings.reports / "lifecycle.html"
+    key = page_key(evidence, forgetting, decisions)
+    path = here.settings.reports / f"{slug(data_name())}-{key[:12]}.html"
+    stored = here.store.find(key) if path.exists() else None
+    cached = stored is not None
+    if stored is None:
+        if here.planning:
+            raise NeedsRun("report")
+        tell(stage="report", state="start", method="page")
+        stored = draw(key, path, evidence, forgetting, decisions)
+        tell(stage="report", state="end", method="page", seconds=stored["seconds"])
+    here.record("report", "page", cached, stored["seconds"], f"{stored['figures']['pictures']:.0f} pictures")
     return str(path)
+
+
+def page_key(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) -> str:
+    """Changes with anything that the page is made from."""
+    settings = session().settings
+    what = {
+        "evidence": [_run(evidence), _run(forgetting)],
+        "decisions": decisions,
+        "data": {path: data_ref(settings, path).md5 for path in present()},
+        "params": read_params(settings),
+        "source": [
+            catalog.source_digest("tasks.core.page", "tasks.core.page_pictures"),
+            *(files.file_md5(path) for path in (TEMPLATE, Path(__file__))),
+        ],
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@task(name="report page", cache_policy=NO_CACHE, persist_result=False)
+def draw(key: str, path: Path, evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Draw the page, write it and store it as an artifact of a run of its own. Gives the stored result."""
+    here = session()
+    store = here.store
+    tags = {"retort.role": "report", "retort.method": "report", "retort.inputs": "{}", "retort.revision": revision(here.settings.root)}
+    params = {"evidence": _run(evidence), "forgetting": _run(forgetting)}
+    run_id = store.start(key, "report", params=params, tags=tags, inputs=[])
+    try:
+        began = time.perf_counter()
+        page = gather(evidence, forgetting, decisions)
+        files.write_text(path, render(page))
+        store.log_file(run_id, path)
+        seconds = time.perf_counter() - began
+    except BaseException:
+        store.fail(run_id)
+        raise
+    result = {"report": path.name, "seconds": seconds, "figures": {"pictures": float(pictures(page))}}
+    store.finish(run_id, key, result, {"seconds": seconds, "pictures": float(pictures(page))})
+    return result
+
+
+def gather(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) -> Page:
+    """All that the page shows."""
+    here = session()
+    models, tried = models_of(evidence), models_of(forgetting)
+    titles, aliases, champions = registered(decisions)
+    found, forgot = (read_evidence(here.store, EvidenceRef(run_id=_run(done))) for done in (evidence, forgetting))
+    up = {f"{d['name']} {d['version']}" for d in decisions if d["promoted"]}
+    runs = {name: here.store.client.get_run(ref.run_id).data.tags for name, ref in {**models, **tried}.items()}
+    return Page(
+        name=data_name(),
+        made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        revision=revision(here.settings.root),
+        seed=here.seed,
+        decisions=decisions,
+        trees=[made_from(here.settings, spec) for spec in [*specs(decisions), *champions, *present()]],
+        titles=titles,
+        aliases=aliases,
+        stages=stages(),
+        figures=found.figures,
+        details=found.details,
+        about={name: about(runs[name], titles.get(ref.model_id, "")) for name, ref in models.items()},
+        promoted=[name for name, ref in models.items() if titles.get(ref.model_id) in up],
+        forgetting=forgot.figures,
+        forgetting_details=forgot.details,
+        seconds={name: float(json.loads(runs[name].get("retort.result", "{}")).get("seconds", "nan")) for name in tried},
+        request=next((runs[name]["retort.request"] for name in tried if "retort.request" in runs[name]), ""),
+        data=data(),
+        evidence={
+            "evidence": _run(evidence),
+            "forgetting": _run(forgetting),
+            **{name: ref.model_id for name, ref in {**models, **tried}.items()},
+        },
+        settings=here.settings.params.read_text(encoding="utf-8"),
+        versions=versions(),
+        **samples(),
+    )
+
+
+def models_of(done: Done) -> dict[str, ModelRef]:
+    """The models that evidence was measured on, by their names in it."""
+    tags = session().store.client.get_run(_run(done)).data.tags
+    found = json.loads(tags["retort.inputs"])["models"]
+    return {name: ModelRef(**{k: v for k, v in ref.items() if k != "kind"}) for name, ref in found.items()}
+
+
+def registered(decisions: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, list[str]], list[str]]:
+    """Of the models that were offered: the title of each version and the alias of the champion, both by model id; and the champions."""
+    store = session().store
+    titles: dict[str, str] = {}
+    aliases: dict[str, list[str]] = {}
+    champions = []
+    for name in sorted({str(d["name"]) for d in decisions}):
+        champion = store.aliases(name).get("champion")
+        for found in store.versions(name):
+            titles[found.tags["retort.model"]] = f"{name} {found.version}"
+            if int(found.version) == champion:
+                aliases[found.tags["retort.model"]] = [f"{name}@champion"]
+                champions.append(f"{name}@champion")
+    return titles, aliases, champions
+
+
+def specs(decisions: list[dict[str, Any]]) -> list[str]:
+    """The versions that were offered, as `NAME/version`."""
+    return [f"{d['name']}/{d['version']}" for d in decisions]
+
+
+def about(tags: dict[str, str], title: str) -> str:
+    """What a model is, in a few words."""
+    return ", ".join(part for part in (title, tags.get("retort.method", "")) if part)
+
+
+def stages() -> list[Stage]:
+    """The closing table so far, each line with the paper of its method."""
+    return [Stage(r.stage, r.method, paper(r.stage, r.method), r.cached, r.seconds, r.figure) for r in session().rows]
+
+
+def paper(stage: str, method: str) -> str:
+    """The paper of a method that may go by its short name; empty for none."""
+    family = {"reference": "unlearn"}.get(stage, stage)
+    try:
+        card = catalog.card(method if "." in method else f"{family}.{method}")
+    except UserError:
+        return ""
+    return f"{card.paper}, arXiv {card.arxiv}" if card.arxiv else card.paper
+
+
+def data() -> list[Data]:
+    """The data folders that there are, as they are now."""
+    from tasks.core.dataset import read_info
+
+    here = session()
+    found = []
+    for stage, path in FOLDERS.items():
+        if path in present():
+            info = read_info(here.settings.root / path)
+            by = str((info.made_by or {}).get("method", ""))
+            found.append(Data(path, data_ref(here.settings, path).md5, info.rows, by, _dvc.figures(here.settings, stage)))
+    return found
+
+
+def samples() -> dict[str, Any]:
+    """Galleries, scores and generated images, as far as the folders are there and hold images."""
+    from tasks.core import page_pictures as rows
+    from tasks.core.dataset import Dataset
+
+    root, there = session().settings.root, present()
+    pool = Dataset.open(root / "data/pool")
+    if pool.info.schema != "image":
+        return {}
+    galleries: list[Gallery] = [rows.from_pool(pool, SHOWN)]
+    found: dict[str, Any] = {"galleries": galleries}
+    if "data/filtered" in there:
+        judged, found["scores"] = rows.judged(root / "data/pool", root / "data/filtered")
+        galleries.extend(rows.extremes(judged, found["scores"], SHOWN))
+    if "data/condensed" in there:
+        galleries.append(rows.condensed(Dataset.open(root / "data/condensed"), CONDENSED))
+    if "data/generated" in there:
+        trusted = pool.split("reference")
+        made = Dataset.open(root / "data/generated")
+        found["class_rows"] = rows.by_class(trusted, made, OF_CLASS, CLASSES)
+        found["class_rows_of"] = len(made.info.classes)
+    return found
+
+
+def present() -> list[str]:
+    """The data folders that are there."""
+    root = session().settings.root
+    return [path for path in FOLDERS.values() if (root / path / "dataset.json").exists()]
+
+
+def data_name() -> str:
+    """Name of the data set."""
+    from tasks.core.dataset import read_info
+
+    return read_info(session().settings.root / "data" / "pool").name or "pool"
+
+
+def slug(name: str) -> str:
+    """The name, fit for a file."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "pool"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers hang on."""
+    found = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _run(done: Done) -> str:
+    assert isinstance(done.ref, EvidenceRef)
+    return done.ref.run_id

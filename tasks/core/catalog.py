@@ -96,20 +96,9 @@ def get(name: str) -> Method:
 
 def configure(name: str, settings: dict[str, Any]) -> Any:
     """Make a method's `Config` from plain settings. Raises UserError that names the bad key and the valid ones."""
-    from pydantic import ValidationError
+    from tasks.core.method import configured
 
-    config = get(name).config
-    try:
-        return config(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            valid = ", ".join(config.model_fields) or "none"
-            near = get_close_matches(key, config.model_fields, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"{name} has no setting {key!r}; {hint}valid: {valid}") from None
-        raise UserError(f"{name}: setting {key!r} is {first.get('input')!r}, but: {first['msg']}") from None
+    return configured(get(name).config, name, settings)
 
 
 def closure(*modules: str) -> list[Path]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tasks.core.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,6 +19,24 @@ class MethodConfig(BaseModel):
     """Base of every method's `Config`: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+def configured(config: type[C], name: str, settings: Mapping[str, Any]) -> C:
+    """Make a config from plain settings. Raises UserError that names the bad key and the valid ones."""
+    try:
+        return config(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        if first["type"] == "extra_forbidden":
+            valid = ", ".join(config.model_fields) or "none"
+            near = get_close_matches(key, config.model_fields, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"{name} has no setting {key!r}; {hint}valid: {valid}") from None
+        raise UserError(f"{name}: setting {key!r} is {first.get('input')!r}, but: {first['msg']}") from None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def write_figures(settings: Settings, stage: str, figures: Mapping[str, float], 
     """Write `data/metrics/<stage>.json` for `dvc metrics`, and where there is a curve `<stage>.csv` for `dvc plots`."""
     plain = {name: round(float(value), 6) for name, value in sorted(figures.items()) if math.isfinite(value)}
     files.write_text(settings.metrics / f"{stage}.json", json.dumps(plain, indent=1) + "\n")
+    (settings.metrics / f"{stage}.csv").unlink(missing_ok=True)
     if curve:
         text = io.StringIO()
         table = csv.DictWriter(text, list(dict.fromkeys(key for row in curve for key in row)), lineterminator="\n")

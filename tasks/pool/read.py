@@ -8,6 +8,8 @@ else, so that no row changes sides when others come or go.
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,11 +17,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tasks.core.dataset import Info, Writer
 from tasks.core.errors import UserError
-from tasks.core.method import MethodConfig
+from tasks.core.method import MethodConfig, configured
 from tasks.pool._base import Files, Source, find, shown, suffix
 from tasks.pool._check import Classes, checked, first_image
 from tasks.pool._intake import Intake, Quarantine
@@ -51,16 +53,21 @@ class Config(MethodConfig):
 
 def configure(settings: Mapping[str, Any]) -> Config:
     """Make the `Config` from plain settings. Raises UserError that names the bad key and the valid ones."""
-    try:
-        return Config(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        if first["type"] == "extra_forbidden":
-            near = get_close_matches(key, Config.model_fields, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"pool has no setting {key!r}; {hint}valid: {', '.join(Config.model_fields)}") from None
-        raise UserError(f"pool: setting {key!r} is {first.get('input')!r}, but: {first['msg']}") from None
+    return configured(Config, "pool", settings)
+
+
+def fingerprint(cfg: Config) -> str:
+    """Changes when a file of the source comes, goes or is written again; reads none of them. Raises UserError where it is not there."""
+    facts: list[tuple[str, ...]] = []
+    for text in filter(None, (cfg.source, cfg.reference_source)):
+        kind, address = parse_source(text)
+        if kind == "digits":
+            continue
+        files = find(address)
+        for path in files.paths:
+            info = files.system.info(path)
+            facts.append((files.name(path), *(str(info.get(key, "")) for key in ("size", "mtime", "ETag", "etag", "LastModified"))))
+    return hashlib.md5(json.dumps(facts).encode(), usedforsecurity=False).hexdigest()
 
 
 def read_pool(cfg: Config, out: Path, *, seed: int = 0) -> dict[str, float]:
