@@ -53,7 +53,7 @@ QUARANTINE = pa.schema(
 )
 SPLITS = ("train", "reference", "validation", "test")
 ROWS_PER_SHARD = 4096
-CACHE_FROM_ROWS = 10_000  # smaller sets decode in well under a second
+CACHE_FROM_ROWS = 10_000  # fewer decode in well under a second
 
 
 @dataclass(frozen=True)
@@ -222,10 +222,10 @@ class Dataset:
         return lengths.to_numpy() > 0  # type: ignore[no-any-return]
 
     def images(self) -> npt.NDArray[np.uint8]:
-        """Decoded images (N, C, H, W), uint8. Large folders are decoded once into a memory-mapped file and mapped from then on."""
+        """Decoded images (N, C, H, W), uint8. For many rows the whole folder is decoded once into a memory-mapped file, and mapped."""
         pieces = []
         for part in self.parts:
-            if part.total >= CACHE_FROM_ROWS:
+            if len(part) >= CACHE_FROM_ROWS:
                 whole = decoded(part.folder, self.info.shape)
                 pieces.append(whole if part.rows is None else whole[part.rows])
             else:

@@ -34,10 +34,10 @@ def stage(settings: Settings, method: str) -> None:
     pool, reference = whole.split("train"), whole.split("reference")
     made = catalog.get(f"filter.{method}").entry(pool, reference, cfg, seed=seed)
     truth = pool.audit("_clean")
-    if truth.null_count == 0 and 0 < truth.true_count < len(pool):
+    clean, kept = np.asarray(truth.fill_null(False)), np.asarray(made.rows["kept"])
+    if truth.null_count == 0 and 0 < clean.sum() < len(pool):
         from sklearn.metrics import roc_auc_score
 
-        clean, kept = np.asarray(truth), np.asarray(made.rows["kept"])
         made.figures.update(
             pool_precision=float(clean.mean()),
             kept_precision=float(clean[kept].mean()) if kept.any() else float("nan"),
