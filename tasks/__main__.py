@@ -1,9 +1,9 @@
 """`python -m tasks`: list the methods, run a data stage, or try any method at its smallest.
 
-    python -m tasks                        every method, a line each
-    python -m tasks pool                   the stage that reads the source
-    python -m tasks filter.dfn             a data stage with this method, set by params.yaml
-    python -m tasks unlearn.l1_sparse --card   what the method is
+python -m tasks                        every method, a line each
+python -m tasks pool                   the stage that reads the source
+python -m tasks filter.dfn             a data stage with this method, set by params.yaml
+python -m tasks unlearn.l1_sparse --card   what the method is
 """
 
 from __future__ import annotations
@@ -55,7 +55,13 @@ def run_stage(name: str) -> None:
         raise UserError(f"{name} is no data stage; run it through its flow: retort {family}")
     began = time.perf_counter()
     _tell(stage=family, state="start", method=method or "read")
-    stage(project(), method)
+    try:
+        stage(project(), method)
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        _tell(fault=f"stage {family} failed: {type(error).__name__}: {error}")
+        raise
     _tell(stage=family, state="end", seconds=round(time.perf_counter() - began, 2))
 
 
