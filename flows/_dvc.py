@@ -62,7 +62,7 @@ def _source(settings: Settings) -> dict[str, str]:
 
 
 def repro(settings: Settings, targets: Sequence[str] = (), *, log: Path, channel: Path) -> list[StageRun]:
-    """Run `dvc repro`, then `dvc push` to the default remote. Raises UserError with the sentence of the stage that failed."""
+    """Run `dvc repro`. Raises UserError with the sentence of the stage that failed."""
     before = channel.stat().st_size if channel.exists() else 0
     status = 0
     if source_changed(settings):
@@ -77,10 +77,13 @@ def repro(settings: Settings, targets: Sequence[str] = (), *, log: Path, channel
         faults = [event["fault"] for event in events if "fault" in event]
         raise RuntimeError(faults[-1] if faults else f"'dvc repro' ended with {status}")
     files.write_text(settings.home / "source.json", json.dumps(_source(settings)))
-    if any(event.get("state") == "end" for event in events):
-        _dvc(settings, ["push", "-q"], log, channel)
     seconds = {event["stage"]: float(event["seconds"]) for event in events if event.get("state") == "end"}
     return [StageRun(stage, stage in seconds, seconds.get(stage, 0.0), figures(settings, stage)) for stage in STAGES]
+
+
+def push(settings: Settings, log: Path, channel: Path) -> bool:
+    """Send the data to the default remote; False where that failed."""
+    return _dvc(settings, ["push", "-q"], log, channel) == 0
 
 
 def figures(settings: Settings, stage: str) -> dict[str, float]:

@@ -31,7 +31,8 @@ def quiet(log: Path) -> Iterator[Console]:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
         try:
-            yield Console(file=screen)
+            # a table that is piped or logged is not squeezed into the width of a terminal that is not there
+            yield Console(file=screen, width=None if screen.isatty() else 120)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -168,15 +168,12 @@ def is_free(port: int) -> bool:
 
 
 def _end_group(group: int) -> None:
-    for sign in (signal.SIGTERM, signal.SIGKILL):
+    for sign, patience in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 0.0)):
         try:
             os.killpg(group, sign)
         except ProcessLookupError:
             return
-        for _ in range(20):
-            if not psutil.pid_exists(group) or psutil.Process(group).status() == psutil.STATUS_ZOMBIE:
-                break
-            time.sleep(0.1)
+        time.sleep(patience)
 
 
 def _die_with_parent() -> None:

@@ -7,8 +7,8 @@ also say, without a server and in seconds, that there is none to do.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from prefect import Flow, task
 from prefect.cache_policies import NO_CACHE
 
+from flows._dvc import StageRun
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings, project, read_params
 from tasks.core.step import Done, Plan, find, run
@@ -47,7 +48,10 @@ class Session:
     settings: Settings
     planning: bool = False
     rows: list[Row] = field(default_factory=list)
-    warm: threading.Thread | None = None
+    aside: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
+    opening: Future[Store] | None = None  # the store, while another thread makes it
+    early: Future[list[StageRun]] | None = None  # the data stages, where they began before the server was there
+    pushed: Future[bool] | None = None
     log: Path = Path()
     _store: Store | None = None
 
@@ -58,15 +62,9 @@ class Session:
 
     @property
     def store(self) -> Store:
-        if self.warm is not None:
-            self.warm.join()
         if self._store is None:
-            self._store = Store(self.settings)
+            self._store = self.opening.result() if self.opening else Store(self.settings)
         return self._store
-
-    def opened(self, store: Store) -> None:
-        """Take a store that another thread has opened."""
-        self._store = store
 
     def params(self, section: str) -> dict[str, Any]:
         """A section of `params.yaml`. Raises UserError where it is missing."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -13,13 +12,15 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from rich.console import Console
 from rich.table import Table
 
-from flows import _server
+from flows import _dvc, _server
 from flows._screen import watching
 from flows._session import NeedsRun, Session, use
 from tasks.core.errors import UserError
 from tasks.core.saga import Journal
 from tasks.core.settings import Settings
 from tasks.core.store import Store
+
+DATA_FIRST = ("lifecycle", "curate")  # flows that begin with the data stages
 
 
 def work(
@@ -64,20 +65,28 @@ def _plan(here: Session, flow: Any, arguments: dict[str, Any]) -> Any:
 
 def _do(here: Session, console: Console, flow: Any, arguments: dict[str, Any]) -> Any:
     settings = here.settings
-    with watching(console, here.channel), _server.server(settings, here.log) as server:
-        here.warm = threading.Thread(target=_open_store, args=(here,))  # ten seconds at the first start, beside the server's own
-        here.warm.start()
+    with watching(console, here.channel), here.aside, _server.server(settings, here.log) as server:
+        # the server takes ten seconds to come, and at the first start the store as well: the data stages need neither
+        if flow.name in DATA_FIRST and not arguments.get("targets"):
+            here.early = here.aside.submit(_dvc.repro, settings, log=here.log, channel=here.channel)
+        here.opening = here.aside.submit(_open_store, settings)
         server.ready()
         with use(here), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            return flow(**arguments)
+            result = flow(**arguments)
+        if here.pushed is not None and not here.pushed.result():
+            console.print(f"[yellow]note:[/] the data could not be pushed to the DVC remote; 'dvc push' says why, and so does {here.log}")
+        return result
 
 
-def _open_store(here: Session) -> None:
-    """Open the store and clean up after a run that was cut off."""
-    store = Store(here.settings)
+def _open_store(settings: Settings) -> Store:
+    """Open the store, clean up after a run that was cut off, and import what the first step will need."""
+    store = Store(settings)
     store.sweep()
-    settle(here.settings, store)
-    here.opened(store)
+    settle(settings, store)
+    import mlflow.pyfunc  # noqa: F401
+    import torch  # noqa: F401
+
+    return store
 
 
 def settle(settings: Settings, store: Store) -> None:

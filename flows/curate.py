@@ -35,7 +35,13 @@ def curate(targets: tuple[str, ...] = ()) -> None:
 def repro(targets: tuple[str, ...]) -> list[_dvc.StageRun]:
     """One `dvc repro` for all the stages: DVC knows what must run."""
     here = session()
-    return _dvc.repro(here.settings, targets, log=here.log, channel=here.channel)
+    if here.early is not None and not targets:
+        runs = here.early.result()
+    else:
+        runs = _dvc.repro(here.settings, targets, log=here.log, channel=here.channel)
+    if any(run.ran for run in runs):
+        here.pushed = here.aside.submit(_dvc.push, here.settings, here.log, here.channel)
+    return runs
 
 
 def headline(stage: str, figures: dict[str, float]) -> str:

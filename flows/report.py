@@ -23,7 +23,6 @@ from prefect.cache_policies import NO_CACHE
 from flows import _dvc
 from flows._session import NeedsRun, session, tell
 from tasks.core import catalog, files
-from tasks.core.errors import UserError
 from tasks.core.lineage import made_from
 from tasks.core.page import TEMPLATE, Data, Gallery, Page, Stage, pictures, render
 from tasks.core.refs import EvidenceRef, ModelRef, data_ref
@@ -170,18 +169,15 @@ def about(tags: dict[str, str], title: str) -> str:
 
 
 def stages() -> list[Stage]:
-    """The closing table so far, each line with the paper of its method."""
-    return [Stage(r.stage, r.method, paper(r.stage, r.method), r.cached, r.seconds, r.figure) for r in session().rows]
-
-
-def paper(stage: str, method: str) -> str:
-    """The paper of a method that may go by its short name; empty for none."""
-    family = {"reference": "unlearn"}.get(stage, stage)
-    try:
-        card = catalog.card(method if "." in method else f"{family}.{method}")
-    except UserError:
-        return ""
-    return f"{card.paper}, arXiv {card.arxiv}" if card.arxiv else card.paper
+    """The closing table so far, each line with its method's full name and paper."""
+    found = []
+    for row in session().rows:
+        card = catalog.cards().get(row.method if "." in row.method else f"{row.stage}.{row.method}")
+        method, paper = (card.name, card.paper.removeprefix("none: ")) if card else (row.method, "")
+        if card and card.arxiv:
+            paper += f", arXiv {card.arxiv}"
+        found.append(Stage(row.stage, method, paper, row.cached, row.seconds, row.figure))
+    return found
 
 
 def data() -> list[Data]:

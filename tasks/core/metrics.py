@@ -87,7 +87,7 @@ def reliability(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15)
 def _bin(confidence: Floats, bins: int) -> npt.NDArray[np.int64]:
     # float32 values a hair above an edge would land one bin too high
     edges = np.asarray(confidence, dtype=np.float64) * bins
-    return np.clip(np.ceil(edges - 1e-9).astype(np.int64) - 1, 0, bins - 1)
+    return np.clip(np.ceil(edges - 1e-6).astype(np.int64) - 1, 0, bins - 1)
 
 
 def ece(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15) -> float:
@@ -115,8 +115,9 @@ def mean(values: Floats, *, seed: int = 0, draws: int = 1000) -> Figure:
 def calibration_error(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15, *, seed: int = 0, draws: int = 1000) -> Figure:
     """`ece` with a bootstrap interval. Raises ValueError for no values.
 
-    Noise adds to an absolute value, so that resampling raises the error once more; the interval is therefore the reflected one
-    (`2 * value - percentile`, cut at 0), which takes that off.
+    Noise adds to an absolute value, and resampling adds to it once more. The interval is therefore the reflected one
+    (`2 * value - percentile`, cut at 0), which takes that second part off; the first stays, so that a well calibrated model's true
+    error lies at the interval's low end or below it.
     """
     value = ece(confidence, hits, bins)
     at, n = _bin(confidence, bins), len(hits)

@@ -224,11 +224,13 @@ def verdict(decision: Mapping[str, Any]) -> dict[str, Any]:
         low, high = rule.get("low"), rule.get("high")
         spans = low is not None and high is not None and low != high and not (math.isnan(low) or math.isnan(high))
         rules.append({**rule, "interval": f"{low:+.3f} to {high:+.3f}" if spans else ""})
-    met = {0: "It stands as champion.", 1: "The one rule is met.", 2: "Both rules are met."}.get(len(rules), f"All {len(rules)} rules are met.")
+    met = {0: "It stands as champion.", 1: "The one rule is met.", 2: "Both rules are met."}.get(
+        len(rules), f"All {len(rules)} rules are met."
+    )
     return {
         "name": _called(decision),
         "promoted": promoted,
-        "reason": met if promoted else _failed(decision),
+        "reason": met if promoted else f"{sentence(_failed(decision))}.",
         "against": f"judged against champion version {against}" if against is not None else "there was no champion to beat",
         "gate": basis.get("gate", ""),
         "rules": rules,

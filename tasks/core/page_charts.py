@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from tasks.core.metrics import Figure
 
-LARGEST = 96  # pixels; larger images are shown smaller
+LARGEST = 80  # pixels; larger images are shown smaller
 DASH = "\u2013"
 LOSSLESS = 40  # up to this size an image is shown pixel by pixel
 
@@ -153,7 +153,7 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], name: str
         opacity = f"{0.15 + 0.85 * share:.2f}" if i == j else f"{min(1.0, 0.25 + 2.5 * share):.2f}"
         box = tag("rect", x=x + 0.5, y=y + 0.5, width=cell - 1, height=cell - 1, class_=mark, fill_opacity=opacity)
         title = [tag("title", f"{classes[i]} taken for {classes[j]}: {count} ({percent(share)})")] if named else []
-        said = [words(x + cell / 2, y + cell / 2 + 4, str(count), "on" if float(opacity) > 0.6 else "t strong", text_anchor="middle")]
+        said = [words(x + cell / 2, y + cell / 2 + 4, str(count), "on" if float(opacity) > 0.7 else "t strong", text_anchor="middle")]
         parts.append(tag("g", *title, box, *(said if cell >= 20 and count < 10_000 else [])))
     wrong = int(matrix.sum() - np.trace(matrix))
     label = f"Confusion matrix of {name}: {int(matrix.sum())} samples, {wrong} of them wrong; rows are true classes, columns predicted ones"

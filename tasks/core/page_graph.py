@@ -49,7 +49,7 @@ def join(trees: Iterable[Mapping[str, Any]], titles: Mapping[str, str], aliases:
     graph = Graph()
 
     def add(node: Mapping[str, Any]) -> str:
-        name, id_ = str(node["name"]), str(node["id"])
+        id_ = str(node["id"])
         if id_ not in graph.boxes:
             graph.boxes[id_] = _box(node, titles.get(id_, ""))
             for child in node["inputs"]:

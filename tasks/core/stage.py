@@ -43,7 +43,7 @@ def write_made(settings: Settings, stage: str, info: Info, made: Made) -> None:
     """Write a method's rows as the stage's dataset, and its figures and curve beside the others."""
     with Writer(settings.root / "data" / FOLDERS[stage], info) as out:
         out.write(made.rows)
-    write_figures(settings, stage, made.figures, made.curve)
+    write_figures(settings, stage, {"rows": made.rows.num_rows, **made.figures}, made.curve)
 
 
 def write_figures(settings: Settings, stage: str, figures: Mapping[str, float], curve: tuple[dict[str, float], ...] = ()) -> None:

@@ -75,6 +75,24 @@ def test_every_word_of_the_prompts_is_one_token_and_an_unknown_word_is_spelt():
     assert tokenizer.tokenize("xyz") == ["x", "y", "z</w>"]
 
 
+def test_words_that_share_pieces_are_whole_all_the_same():
+    words = ["of", "phone", "photo", "roof", "wo", "two", "to", "a"]
+    assert _shared.make_tokenizer([" ".join(words)]).tokenize(" ".join(words)) == [f"{word}</w>" for word in words]
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=6), min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_any_words_are_whole_and_get_the_same_numbers_each_time(words):
+    text = " ".join(words)
+    first, second = _shared.make_tokenizer([text]), _shared.make_tokenizer([text])
+    assert first.tokenize(text) == [f"{word}</w>" for word in words]
+    assert first(text)["input_ids"] == second(text)["input_ids"]
+
+
+def test_merges_are_worked_by_hand():
+    assert _shared.word_merges(["of", "roof"]) == [("o", "f</w>"), ("r", "o"), ("ro", "of</w>")]
+
+
 def test_token_rows_are_as_long_as_the_longest_prompt(model):
     tokens = model.tokens(["a photo of a cat", ""])
     assert tokens.shape == (2, 7)  # start, five words, end
@@ -187,7 +205,6 @@ def test_images_of_any_size_are_padded_to_what_the_levels_need_and_cropped_back(
     step = 2 ** (len(_shared.block_widths(8, height, width)) - 1)
     size = (-(-height // step) * step, -(-width // step) * step)
     model = _shared.Diffuser(torch.nn.Identity(), None, None, None, None, (channels, height, width), size, padded=True)
-    model.unet.device = torch.device("cpu")
     images = np.random.default_rng(0).integers(0, 256, (2, channels, height, width), dtype=np.uint8)
     latents = model.to_latents(images, torch.Generator())
     assert latents.shape[2] % step == latents.shape[3] % step == 0
@@ -298,7 +315,15 @@ def stable_diffusion(tmp_path_factory) -> Path:
     with _shared.quiet(), loop.seeded(0):
         tokenizer = _shared.make_tokenizer([prompt("", "zero"), prompt("", "one")])
         ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        text = CLIPTextConfig(len(tokenizer), 16, 32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16, **ends)
+        text = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            **ends,
+        )
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(8, 16),
