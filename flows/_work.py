@@ -18,6 +18,7 @@ from flows._session import NeedsRun, Session, use
 from tasks.core.errors import UserError
 from tasks.core.saga import Journal
 from tasks.core.settings import Settings
+from tasks.core.step import preload
 from tasks.core.store import Store
 
 DATA_FIRST = ("lifecycle", "curate")  # flows that begin with the data stages
@@ -83,9 +84,7 @@ def _open_store(settings: Settings) -> Store:
     store = Store(settings)
     store.sweep()
     settle(settings, store)
-    import mlflow.pyfunc  # noqa: F401
-    import torch  # noqa: F401
-
+    preload()
     return store
 
 

@@ -194,11 +194,12 @@ def _environment() -> None:
     """Set what Prefect and MLflow read when they are imported."""
     from flows import _server
     from tasks.core import store
-    from tasks.core.settings import project
+    from tasks.core.settings import THREADS, project
 
     settings = project()
     os.environ.update({**_server.environment(settings), **store.environment(settings)})
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    for name, value in {"PYTHONWARNINGS": "ignore", **THREADS}.items():
+        os.environ.setdefault(name, value)
 
 
 if __name__ == "__main__":

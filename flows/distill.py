@@ -1,6 +1,7 @@
 """Distill: a smaller student from a teacher's predictions alone.
 
-Consumes  a teacher out of the registry, the kept rows of data/filtered, and the images of the rejected rows, whose labels nobody trusts
+Consumes  a teacher out of the registry, the kept rows of data/filtered, the reference rows of data/pool, and the images of the rejected
+          rows, whose labels nobody trusts
 Produces  a model, registered as the next version of `<data set>-student`
 Started   by `retort run`, `retort distill`, or a schedule
 """
@@ -14,6 +15,8 @@ from flows._session import session, step
 from tasks.core.refs import data_ref
 from tasks.core.step import Done, Inputs, Plan
 
+TRUSTED = "data/pool:reference"
+
 
 @flow(name="distill")
 def distill(teacher: str = "", data: str = "data/filtered") -> Done:
@@ -26,7 +29,8 @@ def distill(teacher: str = "", data: str = "data/filtered") -> Done:
     method, settings = here.method("distill")
     kept = data_ref(here.settings, data)
     unlabelled = data_ref(here.settings, data, kept=False, labelled=False, apart_from=("validation", "test"))
-    inputs: Inputs = {"teachers": (find_model(teacher or model_name("teacher")),), "data": (kept, unlabelled)}
+    trusted = data_ref(here.settings, TRUSTED)
+    inputs: Inputs = {"teachers": (find_model(teacher or model_name("teacher")),), "data": (kept, trusted, unlabelled)}
     done = step(Plan("student", method, settings, inputs, here.seed))
     version = register(model_name("student"), done)
     here.record("distill", method, done.cached, done.seconds, f"version {version}, {done.figures['parameters']:,.0f} parameters")

@@ -16,16 +16,16 @@ from tasks.core.errors import UserError
 from tasks.core.refs import EvidenceRef, ModelRef, Ref, data_ref
 from tasks.core.step import Done, Inputs, Plan, read_evidence
 
-POOL = "data/pool"
+TEST = "data/pool:test"
 
 
 @flow(name="evaluate")
-def evaluate(models: dict[str, ModelRef] | None = None, names: tuple[str, ...] = (), data: str = POOL) -> Done:
+def evaluate(models: dict[str, ModelRef] | None = None, names: tuple[str, ...] = (), data: str = TEST) -> Done:
     """Measure quality, calibration, latency and size on the test rows.
 
     models  references by the name that the evidence shall use
     names   or `NAME@alias` and `NAME/version` out of the registry; none: the newest of every registered model
-    data    the folder whose split `test` is used
+    data    the rows to measure on
     """
     here = session()
     method, settings = here.method("evaluate")
@@ -34,7 +34,7 @@ def evaluate(models: dict[str, ModelRef] | None = None, names: tuple[str, ...] =
         if not names:
             raise UserError("there is no registered model to evaluate: make one with 'retort run' or 'retort train'")
         models = {name: find_model(name) for name in names}
-    test = data_ref(here.settings, data, splits=("test",))
+    test = data_ref(here.settings, data)
     done = step(Plan("evidence", method, settings, {"models": models, "test": test}, here.seed))
     assert isinstance(done.ref, EvidenceRef)
     figures = read_evidence(here.store, done.ref).figures
@@ -57,7 +57,7 @@ def evaluate_forgetting(work: Unlearned) -> Done:
         "models": models,
         "forget": work.forget,
         "retain": work.retain,
-        "test": data_ref(here.settings, POOL, splits=("test",)),
+        "test": data_ref(here.settings, TEST),
     }
     done = step(Plan("forgetting", "evaluate.forgetting", {}, inputs, here.seed))
     assert isinstance(done.ref, EvidenceRef)

@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows._registry import find_model
 from flows._session import NeedsRun, session, step
-from flows.evaluate import POOL
+from flows.evaluate import TEST
 from tasks.core import catalog
 from tasks.core.errors import UserError
 from tasks.core.refs import EvidenceRef, ModelRef, data_ref
@@ -44,7 +44,7 @@ def promote(name: str, version: int = 0) -> dict[str, Any]:
     if champion is not None:
         models["champion"] = find_model(f"{name}/{champion}")
     method, settings = here.method("evaluate")
-    test = data_ref(here.settings, POOL, splits=("test",))
+    test = data_ref(here.settings, TEST)
     evidence = step(Plan("gate evidence", method, settings, {"models": models, "test": test}, here.seed))
     gate, rules = here.method("registry")
     found = next(v for v in store.versions(name) if int(v.version) == number).tags.get("retort.verdict")

@@ -1,6 +1,6 @@
 """Train: a teacher on filtered and generated data.
 
-Consumes  data/filtered, data/generated, and the sections `recipe` and `train` of params.yaml
+Consumes  data/filtered, the trusted reference rows of data/pool, data/generated, and the sections `recipe` and `train` of params.yaml
 Produces  a model, registered as the next version of `<data set>-teacher`
 Started   by `retort run`, `retort train`, or a schedule
 """
@@ -14,14 +14,14 @@ from flows._session import session, step
 from tasks.core.refs import data_ref
 from tasks.core.step import Done, Plan
 
-DATA = ("data/filtered", "data/generated")
+DATA = ("data/filtered", "data/pool:reference", "data/generated")
 
 
 @flow(name="train")
 def train(data: tuple[str, ...] = DATA) -> Done:
     """Train the method that params.yaml names.
 
-    data  folders of the project, each as it is or `folder@revision` as it was
+    data  folders of the project: each as it is, one split of it as `folder:split`, or as it was as `folder@revision`
     """
     here = session()
     method, settings = here.method("train")

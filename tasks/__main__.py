@@ -19,7 +19,9 @@ from pathlib import Path
 
 from tasks.core import catalog
 from tasks.core.errors import UserError
-from tasks.core.settings import project
+from tasks.core.settings import THREADS, project
+
+os.environ.update({name: os.environ.get(name, value) for name, value in THREADS.items()})
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from tasks.core.errors import UserError
+from tasks.core.errors import UserError, without_secrets
 from tasks.core.refs import DataRef, ModelRef
 from tasks.core.settings import Settings
 from tasks.core.store import Store
@@ -82,7 +82,7 @@ def _stage_node(settings: Settings, path: str, md5: str) -> Node:
             inputs = [_stage_node(settings, dep["path"], dep["md5"]) for dep in found.get("deps", []) if dep["path"].startswith("data/")]
             params = found.get("params", {}).get("params.yaml", {})
             if stage == "pool":
-                source = str(params.get("pool", {}).get("source", ""))
+                source = without_secrets(str(params.get("pool", {}).get("source", "")))
                 inputs.append({"kind": "source", "name": source, "id": source, "made_by": "", "inputs": []})
             made_by = found["cmd"].removeprefix("python -m tasks ").strip()
             return {"kind": "data", "name": path, "id": md5, "made_by": made_by, "inputs": inputs}

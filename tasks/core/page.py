@@ -7,7 +7,6 @@ reader's light or dark setting and prints. No sample id is ever shown.
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from markupsafe import Markup
 
 from tasks.core import page_charts as charts
 from tasks.core import page_graph
+from tasks.core.errors import without_secrets
 from tasks.core.metrics import Figure
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -275,12 +275,6 @@ def clean(text: str, most: int = LONGEST_CAPTION) -> str:
     """Text from outside, fit to be shown: one line, no control or direction characters, cut to `most` characters."""
     kept = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text[: 8 * most])
     return charts.short(" ".join(kept.split()), most)
-
-
-def without_secrets(text: str) -> str:
-    """The text, its addresses without passwords and signatures."""
-    text = re.sub(r"://[^/@\s]*@", "://", text)
-    return re.sub(r"(https?://[^\s?\"']+)\?[^\s\"']*", r"\1", text)
 
 
 def sentence(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tasks.core import files
-from tasks.core.dataset import Dataset, read_info
+from tasks.core.dataset import SPLITS, Dataset, read_info
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings
 
@@ -60,11 +60,17 @@ Ref = DataRef | ModelRef | EvidenceRef
 
 
 def data_ref(settings: Settings, spec: str, **view: Any) -> DataRef:
-    """Reference to a data folder as it is now, or as it was: `data/filtered` or `data/filtered@v1.0` (any git revision).
+    """Reference to a data folder as it is now, one split of it, or as it was: `data/filtered`, `data/pool:reference`,
+    `data/filtered@v1.0` (any git revision).
 
-    Raises UserError where that revision has no such data.
+    Raises UserError where there is no such split, or no such data in that revision.
     """
-    path, _, revision = spec.partition("@")
+    place, _, revision = spec.partition("@")
+    path, _, split = place.partition(":")
+    if split and split not in SPLITS:
+        raise UserError(f"{spec!r}: there is no split {split!r}; there are: {', '.join(SPLITS)}")
+    if split:
+        view["splits"] = (split,)
     if not revision:
         folder = settings.root / path
         if not (folder / "dataset.json").exists():

@@ -60,6 +60,11 @@ class Settings:
         return Path(os.environ.get("PREFECT_HOME") or self.home / "prefect")
 
 
+# Networks this small gain nothing from a second thread, and lose ten times over where another process wants the core. It also makes
+# figures the same on machines with other numbers of cores. Read when torch is imported; a user's own value stands.
+THREADS = {"OMP_NUM_THREADS": "1"}
+
+
 def project(start: Path | None = None) -> Settings:
     """The project around `start` (default: the working folder). Raises UserError where there is none."""
     here = (start or Path.cwd()).resolve()

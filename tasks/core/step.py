@@ -56,6 +56,12 @@ class Done:
     figures: dict[str, float]
 
 
+def preload() -> None:
+    """Import what the first step that runs will need, while something else is waited for."""
+    import mlflow.pyfunc  # noqa: F401
+    import torch  # noqa: F401
+
+
 def find(store: Store, plan: Plan) -> Done | None:
     """The stored result of a step, or None where it has not been done."""
     found = store.find(plan.key)

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from tasks.core.errors import UserError
+from tasks.core.errors import UserError, without_secrets
 
 BATCH = 1024  # rows that are read, decoded and written together
 BATCH_BYTES = 32 << 20  # fewer rows where images are large
@@ -91,17 +91,17 @@ class Files:
     @property
     def title(self) -> str:
         """A name for the whole: the folder's, or the first file's."""
-        return PurePosixPath(self.root).name if self.is_folder else PurePosixPath(shown(self.paths[0])).stem
+        return PurePosixPath(self.root).name if self.is_folder else PurePosixPath(without_secrets(self.paths[0])).stem
 
     def name(self, path: str) -> str:
         """A path relative to the root, so that a dataset is the same wherever its source lies."""
-        return shown(path)[len(self.root) :].lstrip("/")
+        return without_secrets(path)[len(self.root) :].lstrip("/")
 
     def only(self, *suffixes: str) -> Files:
         """The files with one of the suffixes. Raises UserError where there are none."""
         paths = tuple(p for p in self.paths if suffix(p) in suffixes)
         if not paths:
-            raise UserError(f"{shown(self.address)} has no file ending in {', '.join('.' + s for s in suffixes)}")
+            raise UserError(f"{without_secrets(self.address)} has no file ending in {', '.join('.' + s for s in suffixes)}")
         return replace(self, paths=paths)
 
     def open(self, path: str) -> Any:
@@ -118,21 +118,21 @@ def find(address: str) -> Files:
     try:
         system, path = fsspec.core.url_to_fs(address)
     except (ValueError, ImportError) as error:
-        raise UserError(f"source {shown(address)} cannot be opened: {first_line(error)}") from None
+        raise UserError(f"source {without_secrets(address)} cannot be opened: {first_line(error)}") from None
     try:
         if system.isfile(path):
-            return Files(address, system, shown(path).rpartition("/")[0], (path,), False)
+            return Files(address, system, without_secrets(path).rpartition("/")[0], (path,), False)
         if system.isdir(path):
             root = path.rstrip("/")
             return Files(address, system, root, _visible(system.find(path), root), True)
         if not glob.has_magic(path):
-            raise UserError(f"source {shown(address)} does not exist")
+            raise UserError(f"source {without_secrets(address)} does not exist")
         root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
         found = _visible((p for p in system.glob(path) if system.isfile(p)), root)
     except OSError as error:
-        raise UserError(f"source {shown(address)} cannot be read: {first_line(error)}") from None
+        raise UserError(f"source {without_secrets(address)} cannot be read: {first_line(error)}") from None
     if not found:
-        raise UserError(f"source {shown(address)} matches no file")
+        raise UserError(f"source {without_secrets(address)} matches no file")
     return Files(address, system, root, found, False)
 
 
@@ -166,14 +166,9 @@ def resolve(names: list[str], wanted: Mapping[str, str | None], needed: set[str]
     return found
 
 
-def shown(address: str) -> str:
-    """An address, or a text with addresses, fit for messages and metadata: without passwords and signatures."""
-    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", re.sub(r"://[^/@\s]*@", "://", address))
-
-
 def suffix(path: str) -> str:
-    return PurePosixPath(shown(path)).suffix.lower().lstrip(".")
+    return PurePosixPath(without_secrets(path)).suffix.lower().lstrip(".")
 
 
 def first_line(error: BaseException) -> str:
-    return shown((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))
+    return without_secrets((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tasks.core.dataset import SPLITS
-from tasks.core.errors import UserError
-from tasks.pool._base import BATCH, BATCH_BYTES, FILE_BYTES, IMAGE_SUFFIXES, Files, Flaw, Raw, Source, shown
+from tasks.core.errors import UserError, without_secrets
+from tasks.pool._base import BATCH, BATCH_BYTES, FILE_BYTES, IMAGE_SUFFIXES, Files, Flaw, Raw, Source
 
 
 def read(files: Files) -> Source:
@@ -15,11 +15,11 @@ def read(files: Files) -> Source:
     Raises UserError where it is no folder, or has no class folder or no images.
     """
     if not files.is_folder:
-        raise UserError(f"source {shown(files.address)} is not a folder; give one that has a folder of images for each class")
+        raise UserError(f"source {without_secrets(files.address)} is not a folder; give one that has a folder of images for each class")
     tops = _folders(files, files.root)
     by_split = bool(tops) and set(tops) <= set(SPLITS)
     classes = sorted({name for top in tops for name in _folders(files, f"{files.root}/{top}")} if by_split else tops)
-    layout = f"{shown(files.address)} has no class folders: put the images of each class in a folder of the class's name"
+    layout = f"{without_secrets(files.address)} has no class folders: put the images of each class in a folder of the class's name"
     if not classes:
         raise UserError(layout)
     files = files.only(*IMAGE_SUFFIXES)

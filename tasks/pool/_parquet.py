@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.core.errors import UserError
-from tasks.pool._base import BATCH, BATCH_BYTES, Files, Raw, Source, first_line, resolve, shown
+from tasks.core.errors import UserError, without_secrets
+from tasks.pool._base import BATCH, BATCH_BYTES, Files, Raw, Source, first_line, resolve
 
 
 def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, pairs: bool = False) -> Source:
@@ -26,7 +26,11 @@ def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, p
     first, facts, total = "", {"licence": "", "source": ""}, 0
     splits: set[str] = set()
     for path in files.paths:
-        where = f"{shown(files.address)}, file {files.name(path)}" if files.is_folder or len(files.paths) > 1 else shown(files.address)
+        where = (
+            f"{without_secrets(files.address)}, file {files.name(path)}"
+            if files.is_folder or len(files.paths) > 1
+            else without_secrets(files.address)
+        )
         with _opened(files, path) as parquet:
             schema, total = parquet.schema_arrow, total + parquet.metadata.num_rows
             here = resolve(schema.names, columns, {"image", "caption" if pairs else "label"}, where)
@@ -85,7 +89,7 @@ def _opened(files: Files, path: str) -> Iterator[pq.ParquetFile]:
         with handle as source, pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as parquet:
             yield parquet
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{shown(path)} cannot be read as Parquet, it may be damaged or cut short: {first_line(error)}") from None
+        raise UserError(f"{without_secrets(path)} cannot be read as Parquet, it may be damaged or cut short: {first_line(error)}") from None
 
 
 def _rows(parquet: pq.ParquetFile, found: Mapping[str, str], file: str, prefix: str) -> Iterator[list[Raw]]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
-from tasks.core.errors import UserError
+from tasks.core.errors import UserError, without_secrets
 from tasks.pool._base import (
     BATCH,
     BATCH_BYTES,
@@ -21,7 +21,6 @@ from tasks.pool._base import (
     Raw,
     Source,
     first_line,
-    shown,
 )
 
 TEXTS = ("json", "txt", "cls")
@@ -84,7 +83,7 @@ def _samples(files: Files, path: str, suffixes: tuple[str, ...]) -> Iterator[tup
             yield key, members
         stream.seek(tar.offset)  # tarfile takes a damaged header for the end
         if stream.read(512).strip(b"\0"):
-            raise UserError(f"{shown(path)} is damaged at byte {tar.offset}: no tar header there; fetch the shard again")
+            raise UserError(f"{without_secrets(path)} is damaged at byte {tar.offset}: no tar header there; fetch the shard again")
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
@@ -98,7 +97,9 @@ def _opened(files: Files, path: str) -> Iterator[tuple[tarfile.TarFile, Any]]:
         with files.open(path) as stream, tarfile.open(fileobj=stream, mode="r:", errors="replace") as tar:
             yield tar, stream
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{shown(path)} cannot be read as a tar file, it may be damaged or cut short: {first_line(error)}") from None
+        raise UserError(
+            f"{without_secrets(path)} cannot be read as a tar file, it may be damaged or cut short: {first_line(error)}"
+        ) from None
 
 
 def _row(file: str, number: int, prefix: str, key: str, members: Members, keys: Mapping[str, Any]) -> Raw:

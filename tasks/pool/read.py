@@ -20,9 +20,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tasks.core.dataset import Info, Writer
-from tasks.core.errors import UserError
+from tasks.core.errors import UserError, without_secrets
 from tasks.core.method import MethodConfig, configured
-from tasks.pool._base import Files, Source, find, shown, suffix
+from tasks.pool._base import Files, Source, find, suffix
 from tasks.pool._check import Classes, checked, first_image
 from tasks.pool._intake import Intake, Quarantine
 
@@ -79,12 +79,12 @@ def read_pool(cfg: Config, out: Path, *, seed: int = 0) -> dict[str, float]:
     Raises UserError where the source cannot be read, has too many bad rows, no train rows or an empty class, or where the disk is full.
     The folder `out` is then what it was.
     """
-    out, name = Path(out), shown(cfg.source)
+    out, name = Path(out), without_secrets(cfg.source)
     pool, trusted = open_source(cfg.source, cfg, out, seed), None
     if cfg.reference_source:
         # none of its captions is spoiled, and its own splits do not matter
         trusted = replace(open_source(cfg.reference_source, cfg.model_copy(update={"digits_noise": 0.0}), out, seed), splits=None)
-    classes = common_classes(pool, trusted, name, shown(cfg.reference_source or ""))
+    classes = common_classes(pool, trusted, name, without_secrets(cfg.reference_source or ""))
     want = first_image(pool, size=cfg.size, mode=cfg.mode, name=name)
     info = Info(
         "image",
@@ -102,7 +102,7 @@ def read_pool(cfg: Config, out: Path, *, seed: int = 0) -> dict[str, float]:
             # the trusted set first: a row that is in both must not be trained on
             for source, shares, into in ((trusted, none, "reference"), (pool, shares_to_draw(pool, cfg), "")):
                 if source:
-                    where = shown(cfg.reference_source or "") if into else name
+                    where = without_secrets(cfg.reference_source or "") if into else name
                     rows = checked(source, want, classes, limit=cfg.limit, name=where)
                     total = min(source.total, cfg.limit or source.total)
                     intake.take(source, rows, shares, into=into, max_bad=cfg.max_bad, total=total, name=where)
@@ -148,7 +148,7 @@ def open_source(text: str, cfg: Config, out: Path, seed: int) -> Source:
 
         source = _parquet.read(files, columns, prefix_ids=cfg.prefix_ids, pairs=kind == "pairs")
     if not source.total:
-        raise UserError(f"source {shown(text)} is empty: it has no rows")
+        raise UserError(f"source {without_secrets(text)} is empty: it has no rows")
     return source
 
 
@@ -163,14 +163,14 @@ def parse_source(text: str) -> tuple[str, str]:
         return "parquet", text
     near = get_close_matches(kind, KINDS, n=1)
     hint = f"did you mean {near[0]!r}? " if near and near[0] != kind else ""
-    raise UserError(f"source {shown(text)!r} is of no known kind; {hint}valid: digits, parquet:PATH, folder:PATH, pairs:PATH")
+    raise UserError(f"source {without_secrets(text)!r} is of no known kind; {hint}valid: digits, parquet:PATH, folder:PATH, pairs:PATH")
 
 
 def is_tar(files: Files) -> bool:
     """Whether pairs come as tar shards. Raises UserError where there are neither shards nor Parquet files, or both."""
     kinds = {suffix(path) for path in files.only("parquet", "tar").paths}
     if len(kinds) > 1:
-        raise UserError(f"{shown(files.address)} has both Parquet files and tar shards; name one kind with a glob such as *.tar")
+        raise UserError(f"{without_secrets(files.address)} has both Parquet files and tar shards; name one kind with a glob such as *.tar")
     return kinds == {"tar"}
 
 
@@ -200,4 +200,4 @@ def check_apart(files: Files, out: Path) -> None:
 def plain_settings(cfg: Config) -> dict[str, Any]:
     """Settings as plain values, without the secrets that an address may hold."""
     settings = cfg.model_dump(mode="json")
-    return settings | {key: shown(settings[key]) for key in ("source", "reference_source") if settings[key]}
+    return settings | {key: without_secrets(settings[key]) for key in ("source", "reference_source") if settings[key]}

@@ -394,7 +394,7 @@ def test_an_unknown_variant_is_refused_with_the_valid_ones():
 
 
 def test_a_pretrained_folder_that_is_not_there_is_named(tiny, tmp_path):
-    with pytest.raises(UserError, match="no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"no folder .*nowhere"):
         datadream(few_shots(tiny), rest(tiny), 1, TINY.model_copy(update={"pretrained": str(tmp_path / "nowhere")}))
 
 
