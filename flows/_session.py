@@ -18,6 +18,7 @@ from prefect import Flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows._dvc import StageRun
+from tasks.core import catalog
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings, project, read_params
 from tasks.core.step import Done, Plan, find, run
@@ -78,7 +79,13 @@ class Session:
         settings = self.params(family)
         if "method" not in settings:
             raise UserError(f"{self.settings.params}: section '{family}:' must name its 'method:'")
-        return f"{family}.{settings.pop('method')}", settings
+        return catalog.card(f"{family}.{settings.pop('method')}").name, settings
+
+    def check(self) -> None:
+        """Raise UserError where params.yaml names a method that there is not: before anything is started."""
+        for family, found in read_params(self.settings).items():
+            if isinstance(found, dict) and "method" in found:
+                catalog.card(f"{family}.{found['method']}")
 
     @property
     def seed(self) -> int:

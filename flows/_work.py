@@ -32,6 +32,7 @@ def work(
         _server.reap(settings)
         flow = load()
         here = Session(settings, planning=True, log=log)
+        here.check()
         result, ran = _plan(here, flow, arguments), False
         if result is None:
             ran = True
