@@ -6,9 +6,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from flows._server import end, spawn
 from tasks.core import files
@@ -67,8 +70,14 @@ def repro(settings: Settings, targets: Sequence[str] = (), *, log: Path, channel
     status = 0
     if source_changed(settings):
         status = _dvc(settings, ["repro", "--force", "--single-item", "pool"], log, channel)
+    trunk, leaves = ([], []) if targets else branches(settings)
     if status == 0:
-        status = _dvc(settings, ["repro", *targets], log, channel)
+        status = _dvc(settings, ["repro", *targets, *trunk], log, channel)
+    if status == 0 and leaves:
+        # DVC lets go of its lock while a stage's command runs, so that stages may run side by side if each is asked for alone
+        with ThreadPoolExecutor(len(leaves)) as pool:
+            words = [["--wait-for-lock", "repro", "--single-item", leaf] for leaf in leaves]
+            status = max(pool.map(lambda some: _dvc(settings, some, log, channel), words))
     events = _events(channel, before)
     if status != 0:
         said = [event["error"] for event in events if "error" in event]
@@ -79,6 +88,17 @@ def repro(settings: Settings, targets: Sequence[str] = (), *, log: Path, channel
     files.write_text(settings.home / "source.json", json.dumps(_source(settings)))
     seconds = {event["stage"]: float(event["seconds"]) for event in events if event.get("state") == "end"}
     return [StageRun(stage, stage in seconds, seconds.get(stage, 0.0), figures(settings, stage)) for stage in STAGES]
+
+
+def branches(settings: Settings) -> tuple[list[str], list[str]]:
+    """The stages that others need, and those that nothing follows, which may run side by side; nothing where there are not several."""
+    stages = yaml.safe_load((settings.root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    if any("cmd" not in stage for stage in stages.values()):  # templates: only DVC knows what they become
+        return [], []
+    needed = {dep for stage in stages.values() for dep in stage.get("deps", [])}
+    outs = {name: {out if isinstance(out, str) else next(iter(out)) for out in stage.get("outs", [])} for name, stage in stages.items()}
+    leaves = [name for name in stages if not outs[name] & needed]
+    return ([name for name in stages if name not in leaves], leaves) if len(leaves) > 1 else ([], [])
 
 
 def push(settings: Settings, log: Path, channel: Path) -> bool:

@@ -88,11 +88,10 @@ def _watch(console: Console, bars: Progress, channel: Path, over: threading.Even
 
 def _show(console: Console, bars: Progress, known: dict[str, TaskID], event: dict[str, object]) -> None:
     if event.get("state") == "start":
-        known["stage"] = bars.add_task(f"{event['stage']} ({event['method']})", total=None)
+        known[str(event["stage"])] = bars.add_task(f"{event['stage']} ({event['method']})", total=None)
     elif event.get("state") == "end":
-        for shown in known.values():
-            bars.remove_task(shown)
-        known.clear()
+        if event["stage"] in known:
+            bars.remove_task(known.pop(str(event["stage"])))
         console.print(f"  [green]done[/] {event['stage']:<12} {float(str(event['seconds'])):6.1f} s", highlight=False)
     elif "what" in event:
         what = str(event["what"])

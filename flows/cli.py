@@ -180,7 +180,10 @@ def execute(load: Callable[[], Any], *, summary: bool = False, **arguments: Any)
     with project_lock(settings), quiet(log) as console:
         from flows._work import work
 
+        own_server = not os.environ.get("PREFECT_API_URL")
         status = work(settings, console, log, load, arguments, began, summary=summary)
+    if own_server:  # Prefect's clean-up would wait seconds for a server that is gone; all there is to keep is on the disk
+        os._exit(status)
     sys.exit(status)
 
 

@@ -28,6 +28,7 @@ def smoke_params() -> dict[str, Any]:
     params["filter"]["keep"] = 0.6
     params["condense"]["n"] = 10
     params["generate"].update(n=2, shots=2, base_rows=100)
+    params["train"]["widths"] = [8, 16]
     params["recipe"] = {"steps": 60, "lr": 0.05}
     params["references"]["finetune"] = catalog.get("unlearn.finetune").smoke.model_dump(mode="json")
     params["registry"].update(min_accuracy=0.05, max_ece=1.0)
