@@ -68,11 +68,12 @@ def _plan(here: Session, flow: Any, arguments: dict[str, Any]) -> Any:
 def _do(here: Session, console: Console, flow: Any, arguments: dict[str, Any]) -> Any:
     settings = here.settings
     with watching(console, here.channel), here.aside, _server.server(settings, here.log) as server:
-        # the server takes ten seconds to come, and at the first start the store as well: the data stages need neither
+        # the server takes ten seconds to come, and at the first start the store as well. The data stages need neither; one after the
+        # other, the two leave them a core
         if flow.name in DATA_FIRST and not arguments.get("targets"):
             here.early = here.aside.submit(_dvc.repro, settings, log=here.log, channel=here.channel)
-        here.opening = here.aside.submit(_open_store, settings)
         server.ready()
+        here.opening = here.aside.submit(_open_store, settings)
         with use(here), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             result = flow(**arguments)
         if here.pushed is not None and not here.pushed.result():
