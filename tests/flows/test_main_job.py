@@ -183,10 +183,17 @@ def test_a_mistake_in_params_gets_one_sentence_and_status_2(finished: Path, copy
 
 
 def test_the_commands_run_alone(copy: Path) -> None:
-    for words in (["curate"], ["train"], ["distill"], ["unlearn"], ["evaluate"], ["promote", "digits-student"]):
+    for words in (["curate"], ["train"], ["unlearn"]):
         ran = workspace.retort(copy, *words)
         assert ran.returncode == 0, (words, ran.stdout)
         assert "cached" in ran.stdout, words
+    # the newest teacher is the unlearned one: a student of its own, new evidence, another candidate
+    for words in (["distill"], ["evaluate"], ["promote", "digits-student", "--version", "2"]):
+        ran = workspace.retort(copy, *words)
+        assert ran.returncode == 0, (words, ran.stdout)
+        assert "version 2" in ran.stdout or "digits-student" in ran.stdout
+    tree = json.loads(workspace.retort(copy, "lineage", "digits-student/2", "--json").stdout)
+    assert tree["inputs"][0]["made_by"] == "unlearn.l1_sparse"
     command = [sys.executable, "-m", "flows.train"]
     alone = subprocess.run(command, cwd=copy, env=workspace.environment(), capture_output=True, text=True, check=False)
     assert alone.returncode == 0
