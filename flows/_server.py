@@ -13,8 +13,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -110,10 +112,13 @@ class Server:
         ]
         self.child = spawn(self.settings, command, {**os.environ, **environment(self.settings)}, self.log)
 
-    def ready(self) -> None:
-        """Wait for the server and name it in the environment. Raises UserError that names the log where it does not come."""
+    def ready(self, beside: Future[Any] | None = None) -> None:
+        """Wait for the server and name it in the environment. Raises UserError that names the log where it does not come.
+
+        Where `beside`, some work that has begun without the server, fails first, its exception is raised at once.
+        """
         if self.child is not None:
-            wait_for(f"{self.url}/health", self.child, self.log)
+            wait_for(f"{self.url}/health", self.child, self.log, beside)
             (self.settings.prefect_home / "initialised").touch()
         os.environ["PREFECT_API_URL"] = self.url
 
@@ -134,7 +139,7 @@ def server(settings: Settings, log: Path) -> Iterator[Server]:
         running.stop()
 
 
-def wait_for(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(url: str, child: subprocess.Popen[bytes], log: Path, beside: Future[Any] | None = None) -> None:
     """Wait until a URL answers. Raises UserError where the process ends first or takes too long."""
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
@@ -143,6 +148,8 @@ def wait_for(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
                 return
         except (urllib.error.URLError, OSError):
             pass
+        if beside is not None and beside.done():
+            beside.result()
         if child.poll() is not None:
             break
         time.sleep(0.1)

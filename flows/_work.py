@@ -72,7 +72,7 @@ def _do(here: Session, console: Console, flow: Any, arguments: dict[str, Any]) -
         # other, the two leave them a core
         if flow.name in DATA_FIRST and not arguments.get("targets"):
             here.early = here.aside.submit(_dvc.repro, settings, log=here.log, channel=here.channel)
-        server.ready()
+        server.ready(here.early)
         here.opening = here.aside.submit(_open_store, settings)
         with use(here), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             result = flow(**arguments)
