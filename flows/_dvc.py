@@ -19,6 +19,7 @@ from tasks.core.errors import UserError
 from tasks.core.settings import Settings
 from tasks.core.stage import section
 
+GOOD_LOCK = "dvc.lock.good"
 STAGES = ("pool", "filter", "condense", "generate")
 
 
@@ -54,14 +55,27 @@ def clean(settings: Settings, targets: Sequence[str] = ()) -> bool:
 def source_changed(settings: Settings) -> bool:
     """Whether the source's files are others than when the pool was last read here. DVC cannot know: the source lies outside."""
     noted = settings.home / "source.json"
-    return noted.exists() and json.loads(noted.read_text(encoding="utf-8")) != _source(settings)
-
-
-def _source(settings: Settings) -> dict[str, str]:
+    if not noted.exists():
+        return False
     from tasks.pool import read
 
-    cfg = read.configure(section(settings, "pool")[0])
-    return {"source": cfg.source, "fingerprint": read.fingerprint(cfg)}
+    return bool(noted.read_text(encoding="utf-8") != read.fingerprint(read.configure(section(settings, "pool")[0])))
+
+
+def mend_lock(settings: Settings) -> None:
+    """Put the last good `dvc.lock` back where DVC was killed while it wrote one; without any, DVC makes it anew from its run cache."""
+    lock, good = settings.root / "dvc.lock", settings.home / GOOD_LOCK
+    if not lock.exists():
+        return
+    try:
+        if "schema" in yaml.safe_load(lock.read_text(encoding="utf-8")):
+            return
+    except (yaml.YAMLError, TypeError, UnicodeDecodeError):
+        pass
+    if good.exists():
+        files.write_text(lock, good.read_text(encoding="utf-8"))
+    else:
+        lock.unlink()
 
 
 def repro(settings: Settings, targets: Sequence[str] = (), *, log: Path, channel: Path) -> list[StageRun]:
@@ -77,15 +91,19 @@ def repro(settings: Settings, targets: Sequence[str] = (), *, log: Path, channel
         # DVC lets go of its lock while a stage's command runs, so that stages may run side by side if each is asked for alone
         with ThreadPoolExecutor(len(leaves)) as pool:
             words = [["--wait-for-lock", "repro", "--single-item", leaf] for leaf in leaves]
-            status = max(pool.map(lambda some: _dvc(settings, some, log, channel), words))
+            ended = list(pool.map(lambda some: _dvc(settings, some, log, channel), words))
+        status = next((code for code in ended if code != 0), 0)  # a child that was killed has a negative one
     events = _events(channel, before)
     if status != 0:
         said = [event["error"] for event in events if "error" in event]
         if said:
             raise UserError(said[-1])
         faults = [event["fault"] for event in events if "fault" in event]
-        raise RuntimeError(faults[-1] if faults else f"'dvc repro' ended with {status}")
-    files.write_text(settings.home / "source.json", json.dumps(_source(settings)))
+        if faults:
+            raise RuntimeError(faults[-1])
+        errors = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("ERROR: ")]
+        raise UserError(f"DVC says: {errors[-1].removeprefix('ERROR: ')}" if errors else f"'dvc repro' ended with {status}")
+    files.write_text(settings.home / GOOD_LOCK, (settings.root / "dvc.lock").read_text(encoding="utf-8"))
     seconds = {event["stage"]: float(event["seconds"]) for event in events if event.get("state") == "end"}
     return [StageRun(stage, stage in seconds, seconds.get(stage, 0.0), figures(settings, stage)) for stage in STAGES]
 

@@ -25,6 +25,7 @@ from tasks.core.errors import UserError
 from tasks.core.settings import Settings
 
 START_SECONDS = 120
+LIVE: dict[int, subprocess.Popen[bytes]] = {}
 _LIBC = ctypes.CDLL(None)  # loaded before any fork
 
 
@@ -49,22 +50,36 @@ def spawn(settings: Settings, command: Sequence[str], env: Mapping[str, str], lo
             command, cwd=settings.root, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
             start_new_session=True, preexec_fn=_die_with_parent,
         )  # fmt: skip
-    note = settings.home / "children" / f"{child.pid}.json"
-    files.write_text(note, json.dumps({"pid": child.pid, "created": psutil.Process(child.pid).create_time()}))
+    LIVE[child.pid] = child
+    owner = psutil.Process()
+    facts = {"pid": child.pid, "created": time.time(), "owner": owner.pid, "owner_created": owner.create_time()}
+    files.write_text(settings.home / "children" / f"{child.pid}.json", json.dumps(facts))
     return child
+
+
+def end_all(settings: Settings) -> None:
+    """End every child of this process: for a run that is interrupted or has failed in another part."""
+    for child in list(LIVE.values()):
+        end(settings, child)
 
 
 def end(settings: Settings, child: subprocess.Popen[bytes]) -> None:
     """End a child and all that it started."""
     _end_group(child.pid)
     child.wait()
+    LIVE.pop(child.pid, None)
     (settings.home / "children" / f"{child.pid}.json").unlink(missing_ok=True)
 
 
 def reap(settings: Settings) -> None:
-    """End what an earlier run that was killed has left behind, and its stale DVC lock. For the holder of the project's lock."""
+    """End what an earlier run that was killed has left behind. For the holder of the project's lock."""
     for note in (settings.home / "children").glob("*.json"):
         left = json.loads(note.read_text(encoding="utf-8"))
+        try:
+            if abs(psutil.Process(left["owner"]).create_time() - left["owner_created"]) < 1:
+                continue  # its owner lives: the pages that `retort ui` serves in another terminal
+        except psutil.NoSuchProcess:
+            pass
         for process in psutil.process_iter(["pid", "create_time"]):
             try:
                 # the group outlives its leader, and a number that was given to another since has another age
@@ -74,8 +89,19 @@ def reap(settings: Settings) -> None:
             if ours:
                 process.kill()
         note.unlink()
-    for lock in ("rwlock", "rwlock.lock"):
-        (settings.root / ".dvc" / "tmp" / lock).unlink(missing_ok=True)
+
+
+def clear_half_made(settings: Settings) -> None:
+    """Throw away a Prefect database whose first start was cut off: no later start could mend it."""
+    settings.prefect_home.mkdir(parents=True, exist_ok=True)
+    if not (settings.prefect_home / "initialised").exists():
+        for left in settings.prefect_home.glob("prefect.db*"):
+            left.unlink()
+
+
+def mark_made(settings: Settings) -> None:
+    """Note that the database is whole: its server has answered."""
+    (settings.prefect_home / "initialised").touch()
 
 
 class Server:
@@ -89,12 +115,7 @@ class Server:
     def start(self) -> None:
         if self.url:
             return
-        home = self.settings.prefect_home
-        home.mkdir(parents=True, exist_ok=True)
-        mark = home / "initialised"
-        if not mark.exists():  # a first start that was cut off leaves a database that no later start can mend
-            for left in home.glob("prefect.db*"):
-                left.unlink()
+        clear_half_made(self.settings)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}/api"
         command = [
@@ -119,7 +140,7 @@ class Server:
         """
         if self.child is not None:
             wait_for(f"{self.url}/health", self.child, self.log, beside)
-            (self.settings.prefect_home / "initialised").touch()
+            mark_made(self.settings)
         os.environ["PREFECT_API_URL"] = self.url
 
     def stop(self) -> None:

@@ -17,6 +17,9 @@ def serve_pages(settings: Settings, prefect_port: int, mlflow_port: int) -> None
     prepare(settings)
     settings.logs.mkdir(parents=True, exist_ok=True)
     log = settings.logs / "ui.log"
+    if prefect_port == mlflow_port:
+        raise UserError(f"both pages cannot have port {prefect_port}; choose another with --prefect-port or --mlflow-port")
+    _server.clear_half_made(settings)
     env = {**os.environ, **_server.environment(settings)}
     local = ["--host", "127.0.0.1", "--port"]
     commands = {
@@ -37,6 +40,8 @@ def serve_pages(settings: Settings, prefect_port: int, mlflow_port: int) -> None
             children.append(_server.spawn(settings, command, env, log))
         for (name, (port, health, _)), child in zip(commands.items(), children, strict=True):
             _server.wait_for(f"http://127.0.0.1:{port}{health}", child, log)
+            if name == "Prefect":
+                _server.mark_made(settings)
             sys.stdout.write(f"{name:8} http://127.0.0.1:{port}\n")
         sys.stdout.write("Ctrl-C ends both.\n")
         sys.stdout.flush()

@@ -59,9 +59,11 @@ def run_stage(name: str) -> None:
     _tell(stage=family, state="start", method=method or "read")
     try:
         stage(project(), method)
-    except (UserError, OSError):
+    except UserError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         _tell(fault=f"stage {family} failed: {type(error).__name__}: {error}")
         raise
     _tell(stage=family, state="end", seconds=round(time.perf_counter() - began, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def data_ref(settings: Settings, spec: str, **view: Any) -> DataRef:
     """
     place, _, revision = spec.partition("@")
     path, _, split = place.partition(":")
+    path = os.path.normpath(path)
     if split and split not in SPLITS:
         raise UserError(f"{spec!r}: there is no split {split!r}; there are: {', '.join(SPLITS)}")
     if split:

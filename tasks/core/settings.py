@@ -57,7 +57,7 @@ class Settings:
 
     @property
     def prefect_home(self) -> Path:
-        return Path(os.environ.get("PREFECT_HOME") or self.home / "prefect")
+        return self.home / "prefect"  # never a home of the user's own: a half-made database in here is thrown away
 
 
 # Networks this small gain nothing from a second thread, and lose ten times over where another process wants the core. It also makes
@@ -85,8 +85,8 @@ def read_params(settings: Settings) -> dict[str, Any]:
 
     try:
         params = yaml.safe_load(settings.params.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{settings.params} is not valid YAML: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{settings.params} is not valid YAML in UTF-8: {str(error).splitlines()[0]}") from None
     if not isinstance(params, dict):
         raise UserError(f"{settings.params} must be a mapping of sections such as 'pool:' and 'filter:'")
     return params

@@ -32,12 +32,12 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """Changes with anything that could change the result, and with nothing else."""
+        """Changes with the method's source, its settings, its seed and its inputs; not with the versions of libraries."""
         card = catalog.card(self.method)
         what = {
             "method": self.method,
             "source": catalog.source_digest(card.module, "tasks.core.step"),
-            "settings": dict(self.settings),  # what is not set stands in the source
+            "settings": json.loads(json.dumps(dict(self.settings), default=str)),  # what is not set stands in the source
             "inputs": _identity(_plain(self.inputs)),
             "seed": self.seed,
         }
@@ -65,7 +65,9 @@ def preload() -> None:
 def find(store: Store, plan: Plan) -> Done | None:
     """The stored result of a step, or None where it has not been done."""
     found = store.find(plan.key)
-    return _done(plan, found, cached=True) if found else None
+    if not found or ("model" in found and not store.has_net(ModelRef(**found["model"]))):
+        return None
+    return _done(plan, found, cached=True)
 
 
 def run(settings: Settings, store: Store, plan: Plan) -> Done:
@@ -122,7 +124,7 @@ def _make_model(settings: Settings, store: Store, plan: Plan, run_id: str, rows:
     began = time.perf_counter()
     net = call()
     seconds = time.perf_counter() - began
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=settings.home) as folder:  # ids stay within the project
         seen = Path(folder, "seen.parquet")
         write_parquet(seen, pa.table({"sample_id": pa.array(sorted(set(rows.ids())), pa.string())}))
         store.log_file(run_id, seen)

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ class Store:
         mlflow.set_registry_uri(settings.tracking_uri)
         self.client = mlflow.MlflowClient()
         self._experiments: dict[str, str] = {}
+        self.project = _project_id(settings)
 
     # steps
 
@@ -69,7 +71,7 @@ class Store:
         from mlflow.entities import Dataset as Logged
         from mlflow.entities import DatasetInput
 
-        run = self.client.create_run(self.experiment(), run_name=name, tags={"retort.key": key, "retort.pid": str(os.getpid()), **tags})
+        run = self.client.create_run(self.experiment(), run_name=name, tags={"retort.key": key, "retort.project": self.project, **tags})
         run_id: str = run.info.run_id
         for param, value in params.items():
             self.client.log_param(run_id, param, value)
@@ -101,7 +103,7 @@ class Store:
         cut_off = [
             run
             for run in self.client.search_runs([experiment], "attributes.status != 'FAILED'")
-            if "retort.key" in run.data.tags and "retort.done" not in run.data.tags
+            if run.data.tags.get("retort.project") == self.project and "retort.done" not in run.data.tags
         ]
         for run in cut_off:
             for model in self.client.search_logged_models([experiment], filter_string=f"source_run_id = '{run.info.run_id}'"):
@@ -169,6 +171,16 @@ class Store:
                 )
         return ModelRef(model_id=made.model_id, run_id=run_id, sha256=sha256)
 
+    def has_net(self, ref: ModelRef) -> bool:
+        """Whether a model's weights are still there, where they are files of this machine; elsewhere they are taken to be."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            place = urlparse(self.client.get_logged_model(ref.model_id).artifact_location)
+        except MlflowException:
+            return False
+        return place.scheme != "file" or Path(url2pathname(place.path), "artifacts", "weights.safetensors").is_file()
+
     def load_net(self, ref: ModelRef) -> Any:
         """Load a model back as a trainable network. Raises UserError where its weights are gone or are not those that were stored."""
         import mlflow
@@ -193,11 +205,7 @@ class Store:
 
     def register(self, name: str, ref: ModelRef, tags: Mapping[str, str]) -> int:
         """The version of `name` that holds this model: the one there is, or a new one, tagged from its first moment."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self.client.get_registered_model(name)
-        except MlflowException:
+        if not self.known(name):
             self.client.create_registered_model(name)
         for version in self.versions(name):
             if version.tags.get("retort.model") == ref.model_id:
@@ -207,8 +215,22 @@ class Store:
         return int(made.version)
 
     def versions(self, name: str) -> list[Any]:
-        """All versions of a registered model, the oldest first."""
-        return sorted(self.client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version))
+        """The versions of a registered model that this project's flows made, the oldest first; none for an unknown name."""
+        if not self.known(name):
+            return []
+        found = [version for version in self.client.search_model_versions(f"name = '{name}'") if "retort.model" in version.tags]
+        return sorted(found, key=lambda version: int(version.version))
+
+    def known(self, name: str) -> bool:
+        """Whether there is a registered model of this name."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(self.client.get_registered_model(name).name == name)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return False
+            raise
 
     def names(self) -> list[str]:
         """Names of the registered models, sorted."""
@@ -220,7 +242,7 @@ class Store:
 
     def version_ref(self, name: str, version: int | str) -> ModelRef:
         """The model that a version or an alias stands for. Raises UserError that lists what there is."""
-        if name not in self.names():
+        if not self.known(name):
             raise UserError(f"there is no registered model {name!r}; there are: {', '.join(self.names()) or 'none, run `retort run`'}")
         aliases = self.aliases(name)
         number = aliases.get(str(version), int(version) if str(version).isdigit() else None)
@@ -241,9 +263,17 @@ class Store:
         return self._experiments[name]
 
 
+def _project_id(settings: Settings) -> str:
+    """A name for this copy of the project: on a shared server, other copies have steps of their own at work."""
+    path = settings.home / "project-id"
+    if not path.exists():
+        files.write_text(path, uuid.uuid4().hex)
+    return path.read_text(encoding="utf-8")
+
+
 def prepare(settings: Settings) -> None:
     """Make the embedded database. Ten seconds once; it appears under its name only when it is whole."""
-    if not settings.tracking_uri.startswith("sqlite") or settings.mlflow_db.exists():
+    if settings.tracking_uri != f"sqlite:///{settings.mlflow_db}" or settings.mlflow_db.exists():
         return
     settings.home.mkdir(parents=True, exist_ok=True)
     with files.exclusive(settings.home / "mlflow.lock"):
@@ -251,6 +281,8 @@ def prepare(settings: Settings) -> None:
             return
         from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
 
+        for left in settings.home.glob("mlflow.new-*"):
+            left.unlink()
         fresh = settings.home / f"mlflow.new-{os.getpid()}.db"
         engine = create_sqlalchemy_engine_with_retry(f"sqlite:///{fresh}")
         _initialize_tables(engine)

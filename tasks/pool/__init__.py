@@ -7,9 +7,13 @@ from tasks.core.settings import Settings
 
 def stage(settings: Settings, method: str) -> None:
     """Read the source that `params.yaml` names into `data/pool`."""
+    from tasks.core import files
     from tasks.core import stage as stages
     from tasks.pool import read
 
     own, seed = stages.section(settings, "pool")
-    figures = read.read_pool(read.configure(own), settings.root / "data" / "pool", seed=seed)
+    cfg = read.configure(own)
+    before = read.fingerprint(cfg)  # what changes while it is read is read again by the next run
+    figures = read.read_pool(cfg, settings.root / "data" / "pool", seed=seed)
     stages.write_figures(settings, "pool", figures)
+    files.write_text(settings.home / "source.json", before)
