@@ -31,5 +31,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+faults: $(VENV)/installed
+	@$(BIN)/python -m pytest tests/faults
+
+# What the project has made, models and registry included, lies in .retort and data; that is for nobody's `clean` to remove.
 clean:
-	rm -rf $(VENV) .retort .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from flows._session import NeedsRun, session
 from tasks.core.dataset import read_info
 from tasks.core.errors import UserError
@@ -11,7 +13,8 @@ from tasks.core.step import Done
 
 def model_name(role: str) -> str:
     """The registered model of a role: `<data set>-<role>`."""
-    return f"{read_info(session().settings.root / 'data' / 'pool').name or 'pool'}-{role}"
+    name = read_info(session().settings.root / "data" / "pool").name
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-') or 'pool'}-{role}"
 
 
 def find_model(spec: str) -> ModelRef:

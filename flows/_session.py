@@ -18,13 +18,14 @@ from prefect import Flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows._dvc import StageRun
-from tasks.core import catalog
+from tasks.core import catalog, stage
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings, project, read_params
 from tasks.core.step import Done, Plan, find, run
 from tasks.core.store import Store
 
 R = TypeVar("R")
+SECTIONS = ("pool", "filter", "condense", "generate", "recipe", "train", "distill", "unlearn", "references", "evaluate", "registry")
 
 
 class NeedsRun(Exception):  # noqa: N818 (a signal, not an error)
@@ -82,14 +83,32 @@ class Session:
         return catalog.card(f"{family}.{settings.pop('method')}").name, settings
 
     def check(self) -> None:
-        """Raise UserError where params.yaml names a method that there is not: before anything is started."""
-        for family, found in read_params(self.settings).items():
-            if isinstance(found, dict) and "method" in found:
-                catalog.card(f"{family}.{found['method']}")
+        """Raise UserError where params.yaml has a section or a method that there is not, or lacks one: before anything is started."""
+        stage.seed(self.settings)
+        for section in SECTIONS:
+            self.params(section)
+        for section in read_params(self.settings):
+            if section not in (*SECTIONS, "seed"):
+                raise UserError(f"{self.settings.params}: there is no section {section!r}; valid: seed, {', '.join(SECTIONS)}")
+        for family in catalog.families():
+            self.method(family)
+        for name, found in self.params("references").items():
+            if name != "finetune" or not isinstance(found, dict):
+                raise UserError(f"{self.settings.params}: 'references:' knows 'finetune:' and its settings, not {name!r}: {found!r}")
+
+    def check_settings(self) -> None:
+        """Raise UserError where a method that a flow will run does not know a setting. Imports the methods."""
+        for family in ("train", "distill", "unlearn", "evaluate", "registry"):
+            name, settings = self.method(family)
+            if family == "train":
+                settings = {**self.params("recipe"), **settings}
+            catalog.configure(name, {key: value for key, value in settings.items() if key != "demonstration_rows"})
+        catalog.configure("unlearn.retrain", self.params("recipe"))
+        catalog.configure("unlearn.finetune", self.params("references").get("finetune", {}))
 
     @property
     def seed(self) -> int:
-        return int(read_params(self.settings).get("seed", 0))
+        return stage.seed(self.settings)
 
     def record(self, stage: str, method: str, cached: bool, seconds: float, figure: str) -> None:
         """Add a line to the closing table."""
@@ -103,7 +122,9 @@ def session() -> Session:
     """The session of this process; a flow that a server or a shell starts alone gets one of its own."""
     global _current
     if _current is None:
-        _current = Session(project())
+        here = project()
+        here.logs.mkdir(parents=True, exist_ok=True)
+        _current = Session(here, log=here.logs / "flows.log")
     return _current
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flows import _dvc, _server
@@ -30,6 +31,7 @@ def work(
     """Do the work and show it. Gives the exit status: 0, 1 for a fault, 2 for a user's mistake, 130 for an interrupt."""
     try:
         _server.reap(settings)
+        _dvc.mend_lock(settings)
         flow = load()
         here = Session(settings, planning=True, log=log)
         here.check()
@@ -41,21 +43,21 @@ def work(
         _close(here, console, result, ran, time.monotonic() - began, summary)
         status = 0
     except UserError as error:
-        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         status = 2
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         status = 130
     except Exception as error:  # the screen gets one sentence, the log all of it
         traceback.print_exc()
-        console.print(f"[red]failed:[/] {type(error).__name__}: {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]failed:[/] {type(error).__name__}: {escape(str(error))}", highlight=False, soft_wrap=True)
         status = 1
     console.print(f"log: {log}", highlight=False, soft_wrap=True)
     return status
 
 
 def _plan(here: Session, flow: Any, arguments: dict[str, Any]) -> Any:
-    """The flow's result where every step is done already, else None. Nothing is changed."""
+    """The flow's result where every step is done already, else None. No step is run."""
     if not (here.settings.root / "dvc.lock").exists() or not _has_store(here.settings):
         return None
     try:
@@ -72,10 +74,15 @@ def _do(here: Session, console: Console, flow: Any, arguments: dict[str, Any]) -
         # other, the two leave them a core
         if flow.name in DATA_FIRST and not arguments.get("targets"):
             here.early = here.aside.submit(_dvc.repro, settings, log=here.log, channel=here.channel)
-        server.ready(here.early)
-        here.opening = here.aside.submit(_open_store, settings)
-        with use(here), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            result = flow(**arguments)
+        try:
+            server.ready(here.early)
+            here.check_settings()
+            here.opening = here.aside.submit(_open_store, settings)
+            with use(here), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+                result = flow(**arguments)
+        except BaseException:  # an interrupt too: what runs aside would otherwise be waited for to its end
+            _server.end_all(settings)
+            raise
         if here.pushed is not None and not here.pushed.result():
             console.print(f"[yellow]note:[/] the data could not be pushed to the DVC remote; 'dvc push' says why, and so does {here.log}")
         return result
@@ -110,7 +117,7 @@ def _close(here: Session, console: Console, result: Any, ran: bool, seconds: flo
     table = Table("stage", "method", "", "seconds", "figure", title_justify="left")
     for row in here.rows:
         shown = "" if row.cached else f"{row.seconds:.1f}"
-        table.add_row(row.stage, row.method, "cached" if row.cached else "run", shown, row.figure)
+        table.add_row(row.stage, escape(row.method), "cached" if row.cached else "run", shown, escape(row.figure))
     console.print(table)
     if not ran:
         console.print(f"Everything was up to date ({seconds:.1f} s).", highlight=False)
@@ -118,10 +125,13 @@ def _close(here: Session, console: Console, result: Any, ran: bool, seconds: flo
         console.print(f"{seconds:.1f} s in all.", highlight=False)
     if summary:
         for name in here.store.names():
-            aliases = {number: alias for alias, number in here.store.aliases(name).items()}
-            versions = [
-                f"{v.version}{f' ({aliases[int(v.version)]})' if int(v.version) in aliases else ''}" for v in here.store.versions(name)
-            ]
-            console.print(f"{name}: versions {', '.join(versions)}", highlight=False)
+            aliases = here.store.aliases(name)
+            listed = []
+            for version in here.store.versions(name):
+                # a champion was a candidate once; that it still is says nothing
+                stands = [alias for alias in ("champion", "candidate") if aliases.get(alias) == int(version.version)][:1]
+                listed.append(f"{version.version}{''.join(f' ({alias})' for alias in stands)}")
+            if listed:
+                console.print(f"{escape(name)}: versions {', '.join(listed)}", highlight=False)
         console.print(f"report: {result}", highlight=False, soft_wrap=True)
         console.print("pages:  retort ui", highlight=False)

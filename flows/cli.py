@@ -39,7 +39,11 @@ def run(
 ) -> None:
     """Run the main job: from the source to a promoted model and a report."""
     if source:
-        set_source(source)
+        from tasks.core.saga import project_lock
+        from tasks.core.settings import project
+
+        with project_lock(project()):
+            set_source(source)
     execute(lambda: _flow("lifecycle"), summary=True)
 
 
@@ -124,8 +128,8 @@ def lineage(spec: Annotated[str, typer.Argument(help="NAME@alias, NAME/version, 
 
 @app.command()
 def ui(
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect page.")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow page.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prefect page.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the MLflow page.")] = 5000,
 ) -> None:
     """Open the Prefect and MLflow pages until Ctrl-C."""
     _environment()
@@ -153,11 +157,15 @@ def set_source(source: str) -> None:
     from ruamel.yaml import YAML
 
     from tasks.core import files
-    from tasks.core.settings import project, read_params
+    from tasks.core.settings import project
+    from tasks.core.stage import section
+    from tasks.pool import read
 
     settings = project()
-    if read_params(settings).get("pool", {}).get("source") == source:
+    own, _ = section(settings, "pool")
+    if own.get("source") == source:
         return
+    read.fingerprint(read.configure({**own, "source": source}))  # what cannot be read is not written down
     yaml = YAML()
     yaml.preserve_quotes = True
     content = yaml.load(settings.params.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows._registry import find_model
+from flows._registry import find_model, model_name
 from flows._session import session, step
 from flows.unlearn import Unlearned
 from tasks.core.errors import UserError
@@ -24,13 +24,14 @@ def evaluate(models: dict[str, ModelRef] | None = None, names: tuple[str, ...] =
     """Measure quality, calibration, latency and size on the test rows.
 
     models  references by the name that the evidence shall use
-    names   or `NAME@alias` and `NAME/version` out of the registry; none: the newest of every registered model
+    names   or `NAME@alias` and `NAME/version` out of the registry; none: the newest of each model of this data set
     data    the rows to measure on
     """
     here = session()
     method, settings = here.method("evaluate")
     if models is None:
-        names = names or tuple(here.store.names())
+        mine = model_name("")
+        names = names or tuple(name for name in here.store.names() if name.startswith(mine))
         if not names:
             raise UserError("there is no registered model to evaluate: make one with 'retort run' or 'retort train'")
         models = {name: find_model(name) for name in names}
@@ -52,7 +53,6 @@ def evaluate_forgetting(work: Unlearned) -> Done:
         "unlearned": work.chosen.ref,
         **{name: done.ref for name, done in work.references.items()},
     }
-    # figures of one whole class and of scattered samples are read differently; a request names samples
     inputs: Inputs = {
         "models": models,
         "forget": work.forget,

@@ -33,7 +33,10 @@ def promote(name: str, version: int = 0) -> dict[str, Any]:
     """
     here = session()
     store = here.store
-    number = version or int((store.versions(name) or [_missing(name)])[-1].version)
+    known = [int(found.version) for found in store.versions(name)] or _missing(name)
+    number = version or known[-1]
+    if number not in known:
+        raise UserError(f"{name} has no version {number}; it has {', '.join(map(str, known))}")
     aliases = store.aliases(name)
     champion = aliases.get("champion")
     if champion == number:

@@ -21,7 +21,7 @@ Node = dict[str, Any]
 
 def made_from(settings: Settings, spec: str) -> Node:
     """The tree below `NAME@alias`, `NAME/version` or a data folder. Raises UserError where there is no such thing."""
-    if (settings.root / spec).is_dir():
+    if spec and (settings.root / spec).is_dir():
         from tasks.core.refs import data_ref
 
         return _data_node(settings, data_ref(settings, spec))
@@ -36,6 +36,7 @@ def made_from(settings: Settings, spec: str) -> Node:
 def print_tree(node: Node) -> None:
     """Draw the tree on standard output; what was shown once is only named again."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.tree import Tree
 
     seen: set[str] = set()
@@ -44,7 +45,7 @@ def print_tree(node: Node) -> None:
         again = node["id"] in seen and node["inputs"]
         seen.add(node["id"])
         by = f"  [dim]by {node['made_by']}[/]" if node["made_by"] else ""
-        label = f"{node['kind']} [bold]{node['name']}[/] [dim]{node['id'][:14]}[/]{by}{' [dim](above)[/]' if again else ''}"
+        label = f"{node['kind']} [bold]{escape(node['name'])}[/] [dim]{escape(node['id'][:14])}[/]{by}{' [dim](above)[/]' if again else ''}"
         branch = Tree(label, highlight=False) if parent is None else parent.add(label)
         if not again:
             for child in node["inputs"]:

@@ -21,12 +21,18 @@ FOLDERS = {"pool": "pool", "filter": "filtered", "condense": "condensed", "gener
 def section(settings: Settings, stage: str) -> tuple[dict[str, Any], int]:
     """A stage's own settings and the shared seed. Raises UserError where the section or the seed is not what it must be."""
     params = read_params(settings)
-    found, seed = params.get(stage), params.get("seed", 0)
+    found = params.get(stage)
     if not isinstance(found, dict):
         raise UserError(f"{settings.params} needs a section '{stage}:' with settings; it has {', '.join(params) or 'nothing'}")
-    if not isinstance(seed, int) or seed < 0:
-        raise UserError(f"{settings.params}: 'seed' must be a whole number of 0 or more, not {seed!r}")
-    return dict(found), seed
+    return dict(found), seed(settings)
+
+
+def seed(settings: Settings) -> int:
+    """The shared seed. Raises UserError where it is no whole number of 0 or more."""
+    found = read_params(settings).get("seed")
+    if not isinstance(found, int) or isinstance(found, bool) or found < 0:
+        raise UserError(f"{settings.params}: 'seed' must be a whole number of 0 or more, not {found!r}")
+    return found
 
 
 def number(settings: dict[str, Any], stage: str, key: str) -> int:

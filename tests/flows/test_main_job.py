@@ -169,6 +169,8 @@ def test_only_what_a_change_reaches_is_run_again(copy: Path) -> None:
         ("condense", {"n": 0}, "'condense.n' must be a whole number of 1 or more, not 0"),
         ("train", {"method": "superwised"}, "did you mean train.supervised?"),
         ("unlearn", {"demonstration_rows": "many"}, "demonstration_rows"),
+        ("recipe", {"stepps": 3}, "no setting 'stepps'; did you mean 'steps'?"),
+        ("references", {"finetun": {}}, "'references:' knows 'finetune:'"),
     ],
 )
 def test_a_mistake_in_params_gets_one_sentence_and_status_2(finished: Path, copy: Path, section: str, keys: dict, sentence: str) -> None:
@@ -209,9 +211,44 @@ def test_dvc_runs_the_stages_without_us(copy: Path) -> None:
     assert "up to date" in status.stdout
 
 
+def test_a_seed_that_is_no_number_is_named(copy: Path) -> None:
+    workspace.write_params(copy, {**yaml.safe_load((copy / "params.yaml").read_text()), "seed": "abc"})
+    ran = workspace.retort(copy, "train")
+    assert ran.returncode == 2
+    assert "'seed' must be a whole number of 0 or more, not 'abc'" in " ".join(ran.stdout.split())
+
+
+def test_a_section_that_nobody_knows_is_named(copy: Path) -> None:
+    workspace.write_params(copy, {**yaml.safe_load((copy / "params.yaml").read_text()), "recipee": {}})
+    ran = workspace.retort(copy, "run")
+    assert ran.returncode == 2
+    assert "there is no section 'recipee'" in " ".join(ran.stdout.split())
+
+
+def test_a_model_whose_weights_are_gone_is_made_again(copy: Path) -> None:
+    for weights in (copy / ".retort" / "artifacts").rglob("weights.safetensors"):
+        weights.unlink()
+    ran = workspace.retort(copy, "train")
+    assert ran.returncode == 0, ran.stdout
+    assert "done teacher" in ran.stdout
+
+
+def test_a_lock_file_that_was_cut_short_is_mended(copy: Path) -> None:
+    lock = copy / "dvc.lock"
+    good = lock.read_text()
+    lock.write_text("")
+    ran = workspace.retort(copy, "run")
+    assert ran.returncode == 0, ran.stdout
+    assert "Everything was up to date" in ran.stdout
+    assert lock.read_text() == good
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["run", "--source", "parquett:[x].parquet"], "source 'parquett:[x].parquet' is of no known kind; did you mean 'parquet'?"),
+        (["promote", "o'brien"], "there is no registered model"),
+        (["promote", "digits-student", "--version", "7"], "digits-student has no version 7; it has 1"),
         (["promote", "nobody"], "there is no registered model 'nobody'; there are: digits-student, digits-teacher"),
         (["evaluate", "digits-student@chmpion"], "digits-student has no version or alias 'chmpion'"),
         (["lineage", "digits-student@9"], "digits-student has no version or alias '9'"),
