@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 LOOK_SECONDS = 0.2
 
@@ -54,9 +55,7 @@ def watching(console: Console, channel: Path) -> Iterator[None]:
         SpinnerColumn(),
         TextColumn("{task.description:<34}"),
         BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        _Left(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         watcher = threading.Thread(target=_watch, args=(console, bars, channel, over), daemon=True)
@@ -70,6 +69,15 @@ def watching(console: Console, channel: Path) -> Iterator[None]:
                 os.environ.pop("RETORT_PROGRESS", None)
             else:
                 os.environ["RETORT_PROGRESS"] = before
+
+
+class _Left(TimeRemainingColumn):
+    """Share done and time left; nothing for a stage, of which nobody knows how long it takes."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        return Text.assemble(f"{task.percentage:3.0f}%  ", super().render(task), " left")
 
 
 def _watch(console: Console, bars: Progress, channel: Path, over: threading.Event) -> None:
