@@ -62,8 +62,17 @@ def source_changed(settings: Settings) -> bool:
     return bool(noted.read_text(encoding="utf-8") != read.fingerprint(read.configure(section(settings, "pool")[0])))
 
 
-def mend_lock(settings: Settings) -> None:
-    """Put the last good `dvc.lock` back where DVC was killed while it wrote one; without any, DVC makes it anew from its run cache."""
+def mend(settings: Settings) -> None:
+    """Undo what a DVC that was killed while it wrote has left: half a file of locks, or half a `dvc.lock`.
+
+    The last good `dvc.lock` is put back; without any, DVC makes it anew from its run cache.
+    """
+    locks = settings.root / ".dvc" / "tmp" / "rwlock"
+    if locks.exists():  # whole, it may be another DVC's; that a holder is dead, DVC sees for itself
+        try:
+            json.loads(locks.read_text(encoding="utf-8"))
+        except ValueError:
+            locks.unlink()
     lock, good = settings.root / "dvc.lock", settings.home / GOOD_LOCK
     if not lock.exists():
         return

@@ -31,7 +31,7 @@ def work(
     """Do the work and show it. Gives the exit status: 0, 1 for a fault, 2 for a user's mistake, 130 for an interrupt."""
     try:
         _server.reap(settings)
-        _dvc.mend_lock(settings)
+        _dvc.mend(settings)
         flow = load()
         here = Session(settings, planning=True, log=log)
         here.check()

@@ -237,6 +237,7 @@ def test_a_lock_file_that_was_cut_short_is_mended(copy: Path) -> None:
     lock = copy / "dvc.lock"
     good = lock.read_text()
     lock.write_text("")
+    (copy / ".dvc" / "tmp" / "rwlock").write_text("{")
     ran = workspace.retort(copy, "run")
     assert ran.returncode == 0, ran.stdout
     assert "Everything was up to date" in ran.stdout
