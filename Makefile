@@ -10,7 +10,7 @@ run: $(VENV)/installed
 	@$(BIN)/retort run
 
 test: $(VENV)/installed
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/installed
 	@$(BIN)/ruff check .

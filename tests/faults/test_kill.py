@@ -69,7 +69,7 @@ def test_twenty_kills_change_nothing(finished: Path, tmp_path: Path) -> None:
     folder = workspace.make(tmp_path / "project", workspace.smoke_params())
     kills, whole = 0, 0
     while kills < KILLS:
-        killed = killed_after(folder, rng.uniform(0.5, 13))
+        killed = killed_after(folder, rng.uniform(0.5, 11))
         kills += killed
         check_whole(folder)
         if not killed:  # done: take away one part of what was made, so that there is work again

@@ -162,10 +162,8 @@ def test_only_what_a_change_reaches_is_run_again(copy: Path) -> None:
     ("section", "keys", "sentence"),
     [
         ("filter", {"keeep": 0.5}, "filter.dfn has no setting 'keeep'; did you mean 'keep'?"),
-        ("filter", {"keep": 7}, "setting 'keep' is 7"),
         ("filter", {"method": "dnf"}, "there is no method 'filter.dnf'; did you mean filter.dfn?"),
         ("pool", {"source": "parquet:nowhere.parquet"}, "nowhere.parquet"),
-        ("pool", {"sourc": "digits"}, "sourc"),
         ("condense", {"n": 0}, "'condense.n' must be a whole number of 1 or more, not 0"),
         ("train", {"method": "superwised"}, "did you mean train.supervised?"),
         ("unlearn", {"demonstration_rows": "many"}, "demonstration_rows"),
@@ -189,11 +187,9 @@ def test_the_commands_run_alone(copy: Path) -> None:
         ran = workspace.retort(copy, *words)
         assert ran.returncode == 0, (words, ran.stdout)
         assert "cached" in ran.stdout, words
-    # the newest teacher is the unlearned one: a student of its own, new evidence, another candidate
-    for words in (["distill"], ["evaluate"], ["promote", "digits-student", "--version", "2"]):
-        ran = workspace.retort(copy, *words)
-        assert ran.returncode == 0, (words, ran.stdout)
-        assert "version 2" in ran.stdout or "digits-student" in ran.stdout
+    ran = workspace.retort(copy, "distill")  # the newest teacher is the unlearned one: a student of its own
+    assert ran.returncode == 0, ran.stdout
+    assert "version 2" in ran.stdout
     tree = json.loads(workspace.retort(copy, "lineage", "digits-student/2", "--json").stdout)
     assert tree["inputs"][0]["made_by"] == "unlearn.l1_sparse"
     command = [sys.executable, "-m", "flows.train"]
