@@ -37,9 +37,6 @@ def register(name: str, done: Done) -> int:
     """The version of `name` that holds a step's model, made where there is none."""
     here = session()
     assert isinstance(done.ref, ModelRef)
-    for version in here.store.versions(name):
-        if version.tags.get("retort.model") == done.ref.model_id:
-            return int(version.version)
-    if here.planning:
+    if here.planning and here.store.version_of(name, done.ref) is None:
         raise NeedsRun(name)
     return here.store.register(name, done.ref, {"retort.role": done.role, "retort.method": done.method})

@@ -41,7 +41,9 @@ def lifecycle() -> str:
 
 def _version(name: str, ref: object) -> int:
     assert isinstance(ref, ModelRef)
-    return next(int(v.version) for v in session().store.versions(name) if v.tags.get("retort.model") == ref.model_id)
+    version = session().store.version_of(name, ref)
+    assert version is not None
+    return version
 
 
 if __name__ == "__main__":

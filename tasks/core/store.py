@@ -207,12 +207,15 @@ class Store:
         """The version of `name` that holds this model: the one there is, or a new one, tagged from its first moment."""
         if not self.known(name):
             self.client.create_registered_model(name)
-        for version in self.versions(name):
-            if version.tags.get("retort.model") == ref.model_id:
-                return int(version.version)
+        if (there := self.version_of(name, ref)) is not None:
+            return there
         stamped = {"retort.model": ref.model_id, "retort.run": ref.run_id, "retort.sha256": ref.sha256, **tags}
         made = self.client.create_model_version(name, source=ref.uri, run_id=ref.run_id, tags=stamped, model_id=ref.model_id)
         return int(made.version)
+
+    def version_of(self, name: str, ref: ModelRef) -> int | None:
+        """The version of `name` that holds this model, or None."""
+        return next((int(v.version) for v in self.versions(name) if v.tags["retort.model"] == ref.model_id), None)
 
     def versions(self, name: str) -> list[Any]:
         """The versions of a registered model that this project's flows made, the oldest first; none for an unknown name."""

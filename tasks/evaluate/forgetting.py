@@ -64,9 +64,10 @@ def forgetting(
     Raises UserError where a role or its labels are missing, forget and retain share rows, or a forgotten class is still retained.
     """
     forget, retain, test = labelled(models, data, "forget", "retain", "test")
-    shared = sorted(set(forget.ids) & set(retain.ids))
-    if shared:
-        raise UserError(f"row {shared[0]!r} is both in 'forget' and in 'retain' ({len(shared)} such): take it out of 'retain'")
+    kept = set(retain.ids)
+    shared = [at for at, name in enumerate(forget.ids) if name in kept]
+    if shared:  # named by its place: the id of a row to be forgotten must not reach a log
+        raise UserError(f"row {shared[0]} of 'forget' is in 'retain' too ({len(shared)} such): take it out of 'retain'")
     retain = retain.where(~retain.synthetic)
     if cfg.scenario == "class":
         retain, test = without_classes(forget, retain, test)

@@ -19,9 +19,10 @@ def retained(model: Net, forget: Dataset, retain: Dataset) -> Arrays:
     """
     if len(forget) == 0:
         raise UserError("there is nothing to forget: the forget set has no rows")
-    shared = sorted(set(forget.ids()) & set(retain.ids()))
-    if shared:
-        raise UserError(f"row {shared[0]!r} is both to forget and to retain ({len(shared)} such): take it out of the retain set")
+    kept = set(retain.ids())
+    shared = [at for at, name in enumerate(forget.ids()) if name in kept]
+    if shared:  # named by its place: the id of a row to be forgotten must not reach a log
+        raise UserError(f"row {shared[0]} of the forget set is to retain too ({len(shared)} such): take it out of the retain set")
     shape, classes = tuple(model.arch["shape"]), model.arch["classes"]
     if shape != tuple(retain.info.shape):
         raise UserError(f"the model takes images {shape}; the retain set has {tuple(retain.info.shape)}")
