@@ -11,12 +11,16 @@ from typing import Annotated, Any
 
 import typer
 
+from flows import _claims_cli
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="From a raw pool of data to a promoted model, and back.",
 )
+app.add_typer(_claims_cli.claims, name="claims")
+app.add_typer(_claims_cli.report, name="report")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

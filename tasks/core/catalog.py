@@ -24,7 +24,7 @@ from tasks.core.errors import UserError
 TASKS = Path(__file__).resolve().parent.parent
 ROOT = TASKS.parent
 NOT_FAMILIES = {"core", "pool"}
-PACKAGES = ("tasks", "flows")
+PACKAGES = ("tasks", "flows", "tests")  # first-party: what a closure follows
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def closure(*modules: str) -> list[Path]:
         parent = module.rpartition(".")[0]
         if parent:
             todo.append(parent)
-        todo.extend(_imports(path))
+        todo.extend(imported(path))
     return sorted(set(seen.values()))
 
 
@@ -180,7 +180,8 @@ def _module_path(module: str) -> Path | None:
 
 
 @cache
-def _imports(path: Path) -> tuple[str, ...]:
+def imported(path: Path) -> tuple[str, ...]:
+    """Names that a file imports, late ones included, sorted: modules, and what is taken from them."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

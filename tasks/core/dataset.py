@@ -225,8 +225,9 @@ class Dataset:
         """Decoded images (N, C, H, W), uint8. For many rows the whole folder is decoded once into a memory-mapped file, and mapped."""
         pieces = []
         for part in self.parts:
-            if len(part) >= CACHE_FROM_ROWS:
-                whole = decoded(part.folder, self.info.shape)
+            cache = _cache(part.folder) if len(part) >= CACHE_FROM_ROWS else None
+            if cache:
+                whole = decoded(part.folder, self.info.shape, cache)
                 pieces.append(whole if part.rows is None else whole[part.rows])
             else:
                 pieces.extend(images for _, images in replace(self, parts=(part,)).image_batches())
@@ -363,11 +364,18 @@ def image_column(blobs: list[bytes]) -> pa.Array:
     return pa.StructArray.from_arrays([pa.array(blobs, pa.binary()), pa.nulls(len(blobs), pa.string())], fields=list(IMAGE))
 
 
-def decoded(folder: Path, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
-    """All images of a folder as one memory-mapped array (N, C, H, W), made on first use in the project's cache."""
+def _cache(folder: Path) -> Path | None:
+    """Where decoded images of a folder are kept: in its project. None where it lies in no project."""
     from tasks.core.settings import project
 
-    cache = project(folder).cache / "decoded"
+    try:
+        return project(folder).cache / "decoded"
+    except UserError:
+        return None
+
+
+def decoded(folder: Path, shape: tuple[int, int, int], cache: Path) -> npt.NDArray[np.uint8]:
+    """All images of a folder as one memory-mapped array (N, C, H, W), made in the folder `cache` on first use."""
     path = cache / f"{files.folder_md5(folder)}.npy"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -163,16 +163,21 @@ FORGETTING_COLUMNS: dict[str, tuple[str, str, Any]] = {
 FORGETTING_ORDER = ("original", "unlearned", "finetune", "retrain")
 
 
-def render(page: Page) -> str:
-    """The page as HTML."""
+def environment() -> Any:
+    """What all pages are made with: the templates of this folder, everything escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     place = FileSystemLoader(TEMPLATE.parent)
-    env = Environment(loader=place, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return Environment(loader=place, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    env = environment()
     env.filters.update(clean=clean, safe_text=without_secrets, uri=charts.data_uri, number=plain_number, truth=truth)
     env.filters.update(sentence=sentence, unbroken=unbroken)
     title, lead = headline(page.decisions)
-    return env.get_template(TEMPLATE.name).render(
+    text: str = env.get_template(TEMPLATE.name).render(
         page=page,
         title=title,
         lead=lead,
@@ -189,6 +194,7 @@ def render(page: Page) -> str:
         scored=_scored(page.scores),
         settings=without_secrets(page.settings),
     )
+    return text
 
 
 def pictures(page: Page) -> int:

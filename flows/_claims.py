@@ -1,0 +1,291 @@
+"""Claims on disk: finding them, running their seeds, writing results, and knowing whether a result still belongs to the code beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tasks.core import catalog, files
+from tasks.core.claim import Claim, Effect, Row, judge, table
+from tasks.core.errors import UserError
+from tasks.core.settings import THREADS, shared_data
+
+FOLDER = catalog.ROOT / "tests" / "claims"
+RESULTS = FOLDER / "results"
+LIBRARIES = ("torch", "numpy", "scikit-learn", "diffusers", "peft", "transformers")
+NOT_MEASURED: dict[str, Any] = {
+    **dict.fromkeys(("status", "effect", "ci_low", "ci_high", "headline", "seconds")),
+    **{"seeds": [], "data": {}, "arms": {}, "conditions": {}, "failures": {}},
+}
+Told = Callable[[str], None]
+
+
+def names() -> list[str]:
+    """Methods that have a claim, sorted."""
+    return sorted(f"{path.parent.name}.{path.stem}" for path in FOLDER.glob("*/*.py") if not path.name.startswith("_"))
+
+
+def load(name: str) -> ModuleType:
+    """Import the file of a claim. Raises UserError where there is none, ImportError where it is not a claim."""
+    if name not in names():
+        known = ", ".join(names()) or f"none: claims are measured in a checkout of the source, in {FOLDER}"
+        raise UserError(f"there is no claim of {name!r}; there are: {known}")
+    return _load(name)
+
+
+@cache
+def _load(name: str) -> ModuleType:
+    path = FOLDER.joinpath(*name.split(".")).with_suffix(".py")
+    if str(catalog.ROOT) not in sys.path:
+        sys.path.insert(0, str(catalog.ROOT))  # claims import `tests.claims.samples`
+    spec = importlib.util.spec_from_file_location(f"tests.claims.{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    missing = [part for part in ("CLAIM", "measure", "switched_off") if not hasattr(module, part)]
+    if missing:
+        raise ImportError(f"{path}: a claim needs {', '.join(missing)}")
+    return module
+
+
+def folders(claim: Claim, data: Path | None = None) -> list[Path]:
+    """The folders that a claim reads, `data` in the place of the first. Raises UserError where one is missing."""
+    found = [shared_data() / name for name in claim.data]
+    if data is not None:
+        found[:1] = [data]
+    absent = [folder for folder in found if not folder.is_dir()]
+    if absent:
+        raise UserError(f"the claim reads {absent[0]}, which is not there; name the folder of data sets in RETORT_DATA, or one with --data")
+    return [folder.resolve() for folder in found]
+
+
+def run(
+    name: str,
+    seeds: Sequence[int] | None = None,
+    *,
+    data: Path | None = None,
+    off: bool = False,
+    small: bool = False,
+    jobs: int = 0,
+    told: Told = lambda _: None,
+) -> dict[str, Any]:
+    """Measure a claim on these seeds (default: its own), each in a process of its own, and judge it.
+
+    off    the method's idea switched off: the baseline's code in its place
+    small  the smallest sizes: that it runs, not what it finds
+    jobs   seeds at once; 0: one for each core
+    Raises UserError for data that is not there, and where no seed could be measured.
+    """
+    claim: Claim = load(name).CLAIM
+    seeds = list(range(claim.seeds)) if seeds is None else list(seeds)
+    where = folders(claim, data)
+    began = time.monotonic()
+    measured: dict[int, list[Row]] = {}
+    failures: dict[int, str] = {}
+    for seed, rows, error in _each(name, seeds, where, off, small, jobs):
+        measured[seed] = rows
+        if error:
+            failures[seed] = error
+        told(f"{name} seed {seed}: {error or f'{len(rows)} values'} ({len(measured)}/{len(seeds)}, {time.monotonic() - began:.0f} s)")
+    if len(failures) == len(seeds):
+        raise UserError(f"no seed of the claim of {name} could be measured; the first said: {failures[seeds[0]]}")
+    values = table({seed: measured[seed] for seed in seeds})
+    return result(name, claim, seeds, values, failures, where, time.monotonic() - began)
+
+
+def _each(name: str, seeds: list[int], where: list[Path], off: bool, small: bool, jobs: int) -> Iterator[tuple[int, list[Row], str]]:
+    jobs = min(jobs or os.cpu_count() or 1, len(seeds))
+    if jobs == 1:
+        yield from (_one(name, seed, where, off, small) for seed in seeds)
+        return
+    import multiprocessing
+
+    for variable, value in THREADS.items():
+        os.environ.setdefault(variable, value)  # the children read it when they import torch
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(_one, name, seed, where, off, small) for seed in seeds]
+        yield from (done.result() for done in as_completed(waiting))
+
+
+def _one(name: str, seed: int, where: list[Path], off: bool, small: bool) -> tuple[int, list[Row], str]:
+    """One seed: its rows, and why there are none where training diverged or the data did not do."""
+    module = load(name)
+    method = module.switched_off if off else catalog.get(name).entry
+    try:
+        return seed, list(module.measure(method, seed, where, small)), ""
+    except UserError as error:
+        return seed, [], str(error)
+
+
+def result(
+    name: str,
+    claim: Claim,
+    seeds: Sequence[int],
+    values: Mapping[str, Mapping[str, list[float]]],
+    failures: Mapping[int, str],
+    where: Sequence[Path],
+    seconds: float,
+) -> dict[str, Any]:
+    """What is published of a claim, ready for JSON: numbers that are not finite are None."""
+    status, effects = judge(claim, values)
+    judged = [(condition, effects[condition.name]) for condition in claim.conditions]
+    return {
+        "method": name,
+        "claim": claim.text,
+        "status": status,
+        **_figures(effects[claim.headline.name]),
+        "headline": claim.headline.name,
+        "conditions": {c.name: {**c.__dict__, **_figures(e), "status": e.status, "failed": len(e.failed)} for c, e in judged},
+        "arms": {metric: {arm: _spread(column) for arm, column in arms.items()} for metric, arms in values.items()},
+        "seeds": list(seeds),
+        "values": {metric: {arm: [_finite(v) for v in column] for arm, column in arms.items()} for metric, arms in values.items()},
+        "failures": {str(seed): reason for seed, reason in failures.items()},
+        "data": {folder.name: files.folder_md5(folder) for folder in where},
+        "seconds": round(seconds, 1),
+        "versions": {"python": platform.python_version(), **{library: importlib.metadata.version(library) for library in LIBRARIES}},
+    }
+
+
+def _figures(effect: Effect) -> dict[str, Any]:
+    return {"effect": _finite(effect.mean), "ci_low": _finite(effect.low), "ci_high": _finite(effect.high)}
+
+
+def _spread(column: Sequence[float]) -> dict[str, float | None]:
+    known = [value for value in column if math.isfinite(value)]
+    return {
+        "mean": _finite(statistics.fmean(known)) if known else None,
+        "sd": _finite(statistics.stdev(known)) if len(known) > 1 else None,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def judged_again(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a result that follow from its values, worked out anew from them."""
+    claim: Claim = load(found["method"]).CLAIM
+    back = {m: {a: [math.nan if v is None else v for v in column] for a, column in arms.items()} for m, arms in found["values"].items()}
+    fresh = result(found["method"], claim, found["seeds"], back, found["failures"], [], 0.0)
+    return {key: fresh[key] for key in ("claim", "status", "effect", "ci_low", "ci_high", "headline", "conditions", "arms")}
+
+
+def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write a result and its figure into a folder."""
+    from tasks.core.page_claims import figure
+
+    paths = [folder / f"{found['method']}{end}" for end in (".json", ".svg")]
+    files.write_text(paths[0], json.dumps(found, indent=1) + "\n")
+    files.write_text(paths[1], figure(found, alone=True) + "\n")
+    return paths
+
+
+def published(name: str) -> dict[str, Any] | None:
+    """The published result of a claim; None where there is none. Raises UserError where the file is damaged."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is damaged: measure it again with 'dvc repro' in tests/claims") from None
+    return dict(found)
+
+
+def code_of(name: str) -> list[Path]:
+    """The files on which a claim's figures rest: the claim, its helpers, and every file of a family that it imports.
+
+    `tasks/core` is left out: all claims stand on it, and any edit there would have all of them measured again. The scheduled run does that.
+    """
+    own = FOLDER.joinpath(*name.split(".")).with_suffix(".py")
+    found = [own]
+    for path in catalog.closure(f"tasks.{name}", *catalog.imported(own)):
+        in_family = path.is_relative_to(catalog.TASKS) and path.relative_to(catalog.TASKS).parts[0] in catalog.families()
+        if path.name != "__init__.py" and (in_family or path.is_relative_to(FOLDER)):
+            found.append(path)
+    return found
+
+
+def stale(name: str) -> str:
+    """Why a published result does not belong to the code and data beside it; empty where it does, as far as can be seen here.
+
+    Data that is not on this machine cannot be compared and is passed over.
+    """
+    if published(name) is None:
+        return "never measured"
+    locked = _lock().get(name.replace(".", "-"))
+    if locked is None:
+        return "not made by the pipeline"
+    known = {entry["path"]: entry["md5"] for entry in [*locked["deps"], *locked["outs"]]}
+    new = [path for path in code_of(name) if relative(path) not in known]
+    if new:
+        return f"rests on {os.path.relpath(new[0], catalog.ROOT)} now"
+    for path, md5 in known.items():
+        if md5.endswith(".dir"):
+            there = shared_data() / Path(path).name
+            if there.is_dir() and files.folder_md5(there) != md5:
+                return f"{there.name} is other data"
+        elif not (FOLDER / path).is_file() or files.file_md5(FOLDER / path) != md5:
+            return f"{os.path.relpath(FOLDER / path, catalog.ROOT)} changed"
+    return ""
+
+
+def relative(path: Path) -> str:
+    """A path as the pipeline writes it: from the folder of the claims."""
+    return Path(os.path.relpath(path, FOLDER)).as_posix()
+
+
+def _lock() -> dict[str, Any]:
+    import yaml
+
+    path = FOLDER / "dvc.lock"
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]) if path.is_file() else {}
+
+
+def overview() -> list[dict[str, Any]]:
+    """One record for each claim: its published result with `stale` (bool) and `why` (why it is). Without a result, figures are None."""
+    found = []
+    for name in names():
+        card, reason = catalog.card(name), stale(name)
+        known = published(name) or {"method": name, "claim": load(name).CLAIM.text, **NOT_MEASURED}
+        found.append({**known, "paper": card.paper, "arxiv": card.arxiv, "stale": bool(reason), "why": reason})
+    return found
+
+
+def within(name: str) -> list[str]:
+    """The claims in which a method runs as an arm or as the judge."""
+    path = catalog.ROOT / catalog.card(name).path
+    return [claim for claim in names() if claim != name and path in code_of(claim)]
+
+
+def markdown() -> str:
+    """The README's table of methods, from the catalogue and the published results."""
+    from tasks.core.page_charts import DASH
+    from tasks.core.page_claims import effect_text
+
+    known = {found["method"]: found for found in overview()}
+    lines = ["| method | paper | what is claimed | effect, 95% interval | status |", "|---|---|---|---|---|"]
+    for name, card in catalog.cards().items():
+        paper = f"[{card.paper}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else DASH
+        if name in known:
+            found = known[name]
+            cells = [f"[{found['claim']}](tests/claims/{name.replace('.', '/')}.py)", effect_text(found), found["status"] or "not measured"]
+        else:
+            used = within(name)
+            cells = [card.claim, DASH, f"runs in {', '.join(used)}" if used else "no claim yet"]
+        lines.append(f"| [`{name}`]({card.path}) | {paper} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

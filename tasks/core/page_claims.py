@@ -1,0 +1,145 @@
+"""The page of all claims, and the figure of each: effects with intervals, every seed a dot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from tasks.core import page_charts as charts
+
+Record = Mapping[str, Any]
+# a figure that stands alone brings its own colours; on the page the style sheet has them
+STYLE = """
+text{font-family:system-ui,sans-serif}.t{fill:var(--soft);font-size:13px}.small{font-size:11.5px;fill:var(--muted)}.strong{fill:var(--ink);font-weight:600}
+svg{--soft:#475067;--muted:#6a7386;--ink:#1b2130;--grid:#e2e4e9;--accent:#2d5bd1;--good:#187a4a;--bad:#b23a24;--part:#8a5a00}
+@media(prefers-color-scheme:dark){
+svg{--soft:#b6bfce;--muted:#8d97aa;--ink:#e8ebf1;--grid:#2a303c;--accent:#86a8ff;--good:#5ccb93;--bad:#ff8f78;--part:#f0be5c}}
+.grid{stroke:var(--grid)}.axis{stroke:var(--muted)}.cut{stroke:var(--ink);stroke-dasharray:3 3}.seed{fill:var(--accent);fill-opacity:.35}
+.good{--mark:var(--good)}.bad{--mark:var(--bad)}.part{--mark:var(--part)}.whisker{stroke:var(--mark);stroke-width:1.75}.dot{fill:var(--mark)}
+"""
+CLASS = {"holds": "good", "holds in part": "part", "does not hold here": "bad"}
+
+
+def number(value: float | None, signed: bool = False) -> str:
+    """A figure as people read it: three digits, a dash for none."""
+    if value is None or not math.isfinite(value):
+        return charts.DASH
+    return f"{value:{'+' if signed else ''}.3g}".replace("-", "\u2212")
+
+
+def effect_text(found: Record, condition: Record | None = None) -> str:
+    """`+0.048 [0.031, 0.066]` of the headline or of another condition; relative effects as percent."""
+    shown = condition or found.get("conditions", {}).get(found.get("headline"))
+    if not shown or shown["effect"] is None:
+        return charts.DASH
+    scale, unit = (100, "%") if shown["relative"] else (1, "")
+    mean, low, high = (None if shown[key] is None else scale * shown[key] for key in ("effect", "ci_low", "ci_high"))
+    return f"{number(mean, signed=True)}{unit} [{number(low)}, {number(high)}]"
+
+
+def arms_text(found: Record) -> str:
+    """The headline's metric with the mean of each arm, the best for the claim first."""
+    headline = found["conditions"].get(found.get("headline"))
+    if not headline:
+        return charts.DASH
+    arms = {arm: spread["mean"] for arm, spread in found["arms"][headline["metric"]].items() if spread["mean"] is not None}
+    order = sorted(arms, key=arms.__getitem__, reverse=headline["better"] == "higher")
+    return f"{headline['metric']}: " + ", ".join(f"{arm} {number(arms[arm])}" for arm in order)
+
+
+def asked(condition: Record) -> str:
+    """What a condition asks, in words: `accuracy of dfn over random by 0.05 or more`."""
+    by = 100 * condition["by"] if condition["relative"] else condition["by"]
+    unit = "%" if condition["relative"] else ""
+    way = "above" if condition["better"] == "higher" else "below"
+    need = f"by {number(by)}{unit} or more" if by > 0 else f"or {number(-by)}{unit} short of it at most" if by < 0 else "at all"
+    return f"{condition['metric']} of {condition['arm']} {way} that of {condition['against']} {need}"
+
+
+def differences(found: Record, condition: Record) -> list[float]:
+    """The paired difference of each seed, NaN where there is none; positive where the claim is right."""
+    arms = found["values"][condition["metric"]]
+    sign = 1 if condition["better"] == "higher" else -1
+    pairs = zip(arms[condition["arm"]], arms[condition["against"]], strict=True)
+    known = [(math.nan if None in pair else sign * (pair[0] - pair[1]), pair[1]) for pair in pairs]
+    return [d / abs(theirs) if theirs else math.nan for d, theirs in known] if condition["relative"] else [d for d, _ in known]
+
+
+def forest(rows: Sequence[tuple[str, str, Record, Sequence[float]]], label: str, style: str = "") -> Markup:
+    """A line for each (name, text under it, condition, differences by seed): dots, mean and interval, 0 and what was asked for as marks.
+
+    Each line has its own scale, since units differ: what can be compared between lines is on which side of 0 and of the mark they lie.
+    """
+    left, wide, right, step, top = 330, 400, 250, 46, 26
+    zero = left + wide * 0.3
+    bottom = top + step * len(rows)
+    parts: list[str] = [Markup("<style>{}</style>").format(Markup(style))] if style else []  # noqa: S704 (ours)
+    parts.append(words_at(zero, top - 10, "no effect", "t small", "middle"))
+    parts.append(charts.line(zero, top - 4, zero, bottom, "axis"))
+    for at, (name, about, condition, seeds) in enumerate(rows):
+        y = top + step * (at + 0.5)
+        ends = [condition[key] for key in ("effect", "ci_low", "ci_high", "by")]
+        reach = max([abs(v) for v in (*ends, *seeds) if v is not None and math.isfinite(v)] or [1.0]) or 1.0
+
+        def x(value: float, reach: float = reach) -> float:
+            return min(max(zero + value / reach * (wide * 0.7 if value > 0 else wide * 0.3), left), left + wide)
+
+        drawn: list[str] = [charts.line(0, y + step / 2, left + wide + right, y + step / 2, "grid")]
+        drawn.append(words_at(0, y - 2, charts.short(name, 46), "t strong", "start"))
+        drawn.append(words_at(0, y + 14, charts.short(about, 56), "t small", "start"))
+        if condition["by"]:
+            drawn.append(charts.line(x(condition["by"]), y - 15, x(condition["by"]), y + 15, "cut"))
+        drawn.extend(charts.tag("circle", cx=x(d), cy=float(y + 9), r=3, class_="seed") for d in seeds if math.isfinite(d))
+        if condition["effect"] is not None:
+            mean, low, high = (condition["effect"] if condition[key] is None else condition[key] for key in ("effect", "ci_low", "ci_high"))
+            drawn.append(charts.line(x(low), y - 3, x(high), y - 3, "whisker"))
+            drawn.extend(charts.line(x(end), y - 8, x(end), y + 2, "whisker") for end in (low, high))
+            drawn.append(charts.tag("circle", cx=x(mean), cy=float(y - 3), r=5, class_="dot"))
+        drawn.append(words_at(left + wide + 16, y - 2, effect_text({}, condition), "t strong", "start"))
+        failed = f", {condition['failed']} failed" if condition["failed"] else ""
+        drawn.append(words_at(left + wide + 16, y + 14, condition["status"] + failed, "t small", "start"))
+        parts.append(charts.tag("g", *drawn, class_=CLASS[condition["status"]]))
+    said = "; ".join(f"{name}: {effect_text({}, condition)}, {condition['status']}" for name, _, condition, _ in rows)
+    return charts.svg(left + wide + right, bottom + 8, f"{label}: {said}", *parts)
+
+
+def words_at(x: float, y: float, text: str, class_: str, anchor: str) -> Markup:
+    """A line of text that starts, ends or centres at x."""
+    return charts.words(x, y, text, class_, text_anchor=anchor)
+
+
+def figure(found: Record, alone: bool = False) -> Markup:
+    """All conditions of one claim. `alone`: as a file of its own, with its colours and namespace."""
+    rows = [
+        (name, f"asked: by {number(c['by'])}" if c["by"] else "asked: above 0", c, differences(found, c))
+        for name, c in found["conditions"].items()
+    ]
+    drawn = forest(rows, f"Claim of {found['method']}", STYLE if alone else "")
+    return Markup(str(drawn).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)) if alone else drawn  # noqa: S704
+
+
+def render(records: Sequence[Record], cards: Mapping[str, Any], made_at: str, revision: str) -> str:
+    """The page as HTML. records: as `retort claims --json` gives them; cards: the catalogue's, by method."""
+    from tasks.core.page import environment
+
+    done = [record for record in records if record["conditions"]]
+    headlines = [(record, record["conditions"][record["headline"]]) for record in done]
+    rows = [(r["method"], f"{c['metric']}: {c['arm']} v {c['against']}", c, differences(r, c)) for r, c in headlines]
+    template = environment().get_template("page_claims.html.j2")
+    text: str = template.render(
+        records=records,
+        cards=cards,
+        made_at=made_at,
+        revision=revision,
+        forest=forest(rows, "Headline effects of all claims") if rows else "",
+        figures={record["method"]: figure(record) for record in done},
+        counts={status: sum(record["status"] == status for record in done) for status in CLASS},
+        asked=asked,
+        effect_text=effect_text,
+        number=number,
+        kind=CLASS,
+    )
+    return text

@@ -1,0 +1,45 @@
+"""`python -m tests.claims`: bring `dvc.yaml` and the README's table in line with the claims that are there."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import yaml
+
+from flows import _claims
+from tasks.core import catalog, files
+
+PIPELINE = _claims.FOLDER / "dvc.yaml"
+README = catalog.ROOT / "README.md"
+TABLE = re.compile(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
+HEAD = """\
+# One stage for each claim, written by `python -m tests.claims`: DVC's foreach and matrix cannot give stages different dependencies.
+# `dvc repro` here measures the claims whose code or data changed. The data is read from ../shared/data beside the project.
+"""
+
+
+def pipeline() -> str:
+    """The text of `dvc.yaml`."""
+    stages = {}
+    for name in _claims.names():
+        data = [f"../../../shared/data/{folder}" for folder in _claims.load(name).CLAIM.data]
+        code = [os.path.relpath(path, _claims.FOLDER) for path in _claims.code_of(name)]
+        stages[name.replace(".", "-")] = {
+            # the data that is measured on must be the data that is listed, whatever the environment says
+            "cmd": f"cd ../.. && env -u RETORT_DATA python -m flows.cli claims run {name} --out tests/claims/results",
+            "deps": [*sorted(code), *data],
+            "outs": [{f"results/{name}.svg": {"cache": False}}],
+            "metrics": [{f"results/{name}.json": {"cache": False}}],
+        }
+    return HEAD + yaml.safe_dump({"stages": stages}, sort_keys=False, width=140)
+
+
+def readme() -> str:
+    """The README with its table of methods as the catalogue and the results have it."""
+    return TABLE.sub(lambda _: _claims.markdown(), README.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    files.write_text(PIPELINE, pipeline())
+    files.write_text(README, readme())
