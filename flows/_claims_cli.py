@@ -55,6 +55,7 @@ def run(
     seeds: Annotated[int, typer.Option(min=0, help="Number of seeds; 0: as published.")] = 0,
     data: Annotated[Path | None, typer.Option(help="Folder of other data of the same schema, in the place of the claim's first.")] = None,
     switched_off: Annotated[bool, typer.Option("--switched-off", help="Run the baseline's code in the method's place.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="The smallest sizes: that it runs, not what it finds.")] = False,
     jobs: Annotated[int, typer.Option(min=0, help="Seeds at once; 0: one for each core.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write result and figure into this folder.")] = None,
     as_json: Json = False,
@@ -66,14 +67,15 @@ def run(
 
     for variable, value in THREADS.items():
         os.environ.setdefault(variable, value)
-    if switched_off and out:
-        raise UserError("a claim that is switched off is not written as a result; leave out --out, or --switched-off")
+    if out and (switched_off or small):
+        raise UserError("a claim that is switched off or small is no result: leave out --out, --switched-off and --small")
     chosen = range(first_seed, first_seed + (seeds or _claims.load(method).CLAIM.seeds))
     found = _claims.run(
         method,
         chosen,
         data=data,
         off=switched_off,
+        small=small,
         jobs=jobs,
         told=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
     )

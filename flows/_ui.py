@@ -1,4 +1,4 @@
-"""The Prefect and MLflow pages of a project, for as long as somebody looks at them."""
+"""The Prefect and MLflow pages of a project, and its deployments, for as long as somebody wants them."""
 
 from __future__ import annotations
 
@@ -51,4 +51,36 @@ def serve_pages(settings: Settings, prefect_port: int, mlflow_port: int) -> None
         pass
     finally:
         for child in children:
+            _server.end(settings, child)
+
+
+def serve_deployments(settings: Settings, port: int) -> None:
+    """Serve every deployment until Ctrl-C, from a Prefect server of our own where `PREFECT_API_URL` names none.
+
+    Raises UserError where the port is taken.
+    """
+    settings.logs.mkdir(parents=True, exist_ok=True)
+    log, child = settings.logs / "serve.log", None
+    try:
+        if not os.environ.get("PREFECT_API_URL"):
+            if not _server.is_free(port):
+                raise UserError(f"port {port} is taken; choose another with --port, or name the server in PREFECT_API_URL")
+            _server.clear_half_made(settings)
+            url = f"http://127.0.0.1:{port}/api"
+            env = {**os.environ, **_server.environment(settings), "PREFECT_UI_API_URL": url}
+            # unlike the server of a single run it has its services: without them no schedule ever starts anything
+            command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+            child = _server.spawn(settings, command, env, log)
+            _server.wait_for(f"{url}/health", child, log)
+            _server.mark_made(settings)
+            os.environ["PREFECT_API_URL"] = url
+            sys.stdout.write(f"Prefect  http://127.0.0.1:{port}\n")
+            sys.stdout.flush()
+        from flows.deployments import serve_all
+
+        serve_all()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if child is not None:
             _server.end(settings, child)

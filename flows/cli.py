@@ -131,6 +131,18 @@ def lineage(spec: Annotated[str, typer.Argument(help="NAME@alias, NAME/version, 
 
 
 @app.command()
+def serve(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prefect page, where PREFECT_API_URL names no server.")] = 4200,
+) -> None:
+    """Serve the deployments, schedules and all, until Ctrl-C."""
+    _environment()
+    from flows._ui import serve_deployments
+    from tasks.core.settings import project
+
+    serve_deployments(project(), port)
+
+
+@app.command()
 def ui(
     prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prefect page.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the MLflow page.")] = 5000,

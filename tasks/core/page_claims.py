@@ -37,7 +37,12 @@ def effect_text(found: Record, condition: Record | None = None) -> str:
         return charts.DASH
     scale, unit = (100, "%") if shown["relative"] else (1, "")
     mean, low, high = (None if shown[key] is None else scale * shown[key] for key in ("effect", "ci_low", "ci_high"))
-    return f"{number(mean, signed=True)}{unit} [{number(low)}, {number(high)}]"
+    if low is None or high is None:
+        return f"{number(mean, signed=True)}{unit} [no interval]"
+    # two digits of what is uncertain: more would be noise
+    digits = min(max(1 - math.floor(math.log10((high - low) / 2)), 0), 4) if high > low else 3
+    shown_as = f"{mean:+.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
+    return shown_as.replace("-", "\u2212")
 
 
 def arms_text(found: Record) -> str:
@@ -51,12 +56,18 @@ def arms_text(found: Record) -> str:
 
 
 def asked(condition: Record) -> str:
-    """What a condition asks, in words: `accuracy of dfn over random by 0.05 or more`."""
-    by = 100 * condition["by"] if condition["relative"] else condition["by"]
-    unit = "%" if condition["relative"] else ""
+    """What a condition asks, in words: `accuracy of dfn above that of random, by 0.05 or more`."""
     way = "above" if condition["better"] == "higher" else "below"
-    need = f"by {number(by)}{unit} or more" if by > 0 else f"or {number(-by)}{unit} short of it at most" if by < 0 else "at all"
-    return f"{condition['metric']} of {condition['arm']} {way} that of {condition['against']} {need}"
+    return f"{condition['metric']} of {condition['arm']} {way} that of {condition['against']}, {amount(condition)}"
+
+
+def amount(condition: Record) -> str:
+    """How much a condition asks for, in words."""
+    by = abs(100 * condition["by"] if condition["relative"] else condition["by"])
+    unit = "%" if condition["relative"] else ""
+    if not by:
+        return "by any amount"
+    return f"by {number(by)}{unit} or more" if condition["by"] > 0 else f"or short of it by {number(by)}{unit} at most"
 
 
 def differences(found: Record, condition: Record) -> list[float]:
@@ -81,11 +92,14 @@ def forest(rows: Sequence[tuple[str, str, Record, Sequence[float]]], label: str,
     parts.append(charts.line(zero, top - 4, zero, bottom, "axis"))
     for at, (name, about, condition, seeds) in enumerate(rows):
         y = top + step * (at + 0.5)
-        ends = [condition[key] for key in ("effect", "ci_low", "ci_high", "by")]
-        reach = max([abs(v) for v in (*ends, *seeds) if v is not None and math.isfinite(v)] or [1.0]) or 1.0
+        known = [
+            v for v in (*(condition[key] for key in ("effect", "ci_low", "ci_high", "by")), *seeds) if v is not None and math.isfinite(v)
+        ]
+        rooms = [(wide * 0.7, max(known)), (wide * 0.3, -min(known))] if known else []
+        scale = min((room / far for room, far in rooms if far > 0), default=1.0)
 
-        def x(value: float, reach: float = reach) -> float:
-            return min(max(zero + value / reach * (wide * 0.7 if value > 0 else wide * 0.3), left), left + wide)
+        def x(value: float, scale: float = scale) -> float:
+            return zero + value * scale
 
         drawn: list[str] = [charts.line(0, y + step / 2, left + wide + right, y + step / 2, "grid")]
         drawn.append(words_at(0, y - 2, charts.short(name, 46), "t strong", "start"))
@@ -113,10 +127,7 @@ def words_at(x: float, y: float, text: str, class_: str, anchor: str) -> Markup:
 
 def figure(found: Record, alone: bool = False) -> Markup:
     """All conditions of one claim. `alone`: as a file of its own, with its colours and namespace."""
-    rows = [
-        (name, f"asked: by {number(c['by'])}" if c["by"] else "asked: above 0", c, differences(found, c))
-        for name, c in found["conditions"].items()
-    ]
+    rows = [(name, f"asked: {amount(c)}", c, differences(found, c)) for name, c in found["conditions"].items()]
     drawn = forest(rows, f"Claim of {found['method']}", STYLE if alone else "")
     return Markup(str(drawn).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)) if alone else drawn  # noqa: S704
 
@@ -127,7 +138,9 @@ def render(records: Sequence[Record], cards: Mapping[str, Any], made_at: str, re
 
     done = [record for record in records if record["conditions"]]
     headlines = [(record, record["conditions"][record["headline"]]) for record in done]
-    rows = [(r["method"], f"{c['metric']}: {c['arm']} v {c['against']}", c, differences(r, c)) for r, c in headlines]
+    rows = [
+        (r["method"], f"{c['metric']}: {c['arm']} v {c['against']}", {**c, "status": r["status"]}, differences(r, c)) for r, c in headlines
+    ]
     template = environment().get_template("page_claims.html.j2")
     text: str = template.render(
         records=records,

@@ -179,7 +179,7 @@ def test_run_uses_the_seeds_and_data_that_are_asked_for_and_writes_nowhere(toy: 
 
 
 def test_a_result_of_a_switched_off_claim_is_not_written(toy: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not written as a result"):
+    with pytest.raises(UserError, match="is no result: leave out --out"):
         ask("claims", "run", "filter.random", "--switched-off", "--out", str(tmp_path / "out"))
     assert "does not hold here" in ask("claims", "run", "filter.random", "--switched-off", "--jobs", "1")
 
@@ -198,7 +198,7 @@ def test_the_page_has_every_claim_with_figure_arms_and_commands(toy: Path, tmp_p
     for wanted in (
         "1 of 2 claims hold",
         "filter.random",
-        "score of method above that of baseline by 0.5 or more",
+        "score of method above that of baseline, by 0.5 or more",
         "retort claims run filter.random",
     ):
         assert wanted in text
