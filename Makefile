@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test check format bench faults clean
+.PHONY: run test check format claims bench faults clean
 
 run: $(VENV)/installed
 	@$(BIN)/retort run
@@ -20,6 +20,12 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# Measures the claims whose code or data changed; minutes each.
+claims: $(VENV)/installed
+	@$(BIN)/python -m tests.claims
+	@cd tests/claims && dvc repro
+	@$(BIN)/python -m tests.claims
 
 bench: $(VENV)/installed
 	@$(BIN)/python -m tests.benchmarks
