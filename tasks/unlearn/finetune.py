@@ -31,7 +31,7 @@ SMOKE = Config(steps=10, batch=16)
 
 @method(
     paper="none: a baseline",
-    claim="at the same steps and learning rate, l1_sparse comes closer to the retrained reference than this, on average gap",
+    claim="the baseline that every unlearning method must beat at the same steps: at its own best learning rate, on average gap",
 )
 def finetune(model: Net, forget: Dataset, retain: Dataset, cfg: Config = Config(), *, seed: int = 0, device: str = "cpu") -> Net:
     """A copy of `model` trained on with the labelled rows of `retain`.

@@ -6,11 +6,12 @@ Idea    L = CE(retain) + gamma_t * ||theta||_1 over all parameters; gamma_t fall
         layers together, are set to zero and held there while fine-tuning.
 Small   60 steps after 600 of training; the penalty is larger than the paper's (3e-3, not 1e-4 to 5e-4) since there are fewer steps
         to act in. The paper rewinds the pruned weights to an early checkpoint and trains them again, for which a family's signature
-        has no place: pruning here is followed by the fine-tuning alone, and its theory is not tested.
-Limits  Digits, average gap to a retrained network in points (3 seeds, test; fine-tuning, doing nothing): 10 random rows 3.2 (4.2, 4.2),
-        65 rows 2.2 (3.3, 3.8), a class 17.6 (49.8, 50.2); two retrained networks differ by 1.8, 1.4, 0.1. On 10 and on 65 rows the
-        change in error of retraining is itself within noise. Accuracy on retained rows falls by 2 points. The result hangs on gamma
-        (validation): 1e-3 does little, 1e-2 overshoots to a gap of 13. With `prune` 0.9 over all layers and no penalty: 1.8, 1.9, 13.4.
+        has no place: that is left to the caller, as in this method's claim; the mask is kept, since the smallest weights are those at 0.
+Limits  Fashion-MNIST, 3,000 rows, average gap to a retrained network in points, each at its best of four learning rates (5 seeds, test):
+        a class 1.3 (fine-tuning at the weight decay of training 2.1, at one tuned like gamma 1.4, doing nothing 49.6), 10% of the rows
+        4.0 (4.4, 4.6, 8.6). Fine-tuning that is tuned as much is no worse. What the penalty spares is a high learning rate: at 0.1, a
+        class 3.7 (15.0, 7.8). It hangs on gamma: 1e-3 is best there, 3e-3 costs 10 points of accuracy on retained rows from 0.15 on.
+        Pruned to 10%, rewound and trained, against its own retrained network: 1.4 and 3.0 at its best rate, but 23.0 for a class at 0.1.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def apply_masks(net: nn.Module, masks: dict[str, Tensor]) -> None:
 @method(
     paper="Model Sparsity Can Simplify Machine Unlearning (2023)",
     arxiv="2304.04934",
-    claim="at the same steps and learning rate, closer to the retrained reference than plain fine-tuning, on average gap",
+    claim="at the same steps, closer to the retrained reference than plain fine-tuning, on average gap, each at its best learning rate",
 )
 def l1_sparse(model: Net, forget: Dataset, retain: Dataset, cfg: Config = Config(), *, seed: int = 0, device: str = "cpu") -> Net:
     """A copy of `model` fine-tuned on the labelled rows of `retain` under the fading penalty, pruned first where asked.
