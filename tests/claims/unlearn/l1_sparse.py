@@ -45,7 +45,7 @@ from tests.claims.samples import Images, dataset, images
 
 smaller = partial(Beats, against="finetune", better="lower", relative=True)
 CLAIM = Claim(
-    text="Fine-tuning under a fading L1 penalty comes closer to retraining than plain fine-tuning, each at its best learning rate",
+    text="Fine-tuning under a fading L1 penalty comes closer to retraining than fine-tuning that is tuned as much, each at its best rate",
     data=("fashion_mnist",),
     headline=smaller("l1_sparse", metric="class gap", by=0.3),
     also=(
