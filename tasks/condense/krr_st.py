@@ -7,10 +7,12 @@ Idea    X_s starts as random real images, Y_s as g(X_s), g a frozen Barlow Twins
 Small   the encoder is a 3-layer net instead of a ResNet-18, restart after 50 steps instead of 1000, 300 outer steps of 128 images instead
         of 160,000 of 1024, with a learning rate to match; real images are shifted less (below 10 pixels not at all: it costs more than it
         gives) and flipped on demand only; the loss, the pool of 10 and the schedules are the paper's
-Limits  held-out KRR loss, 50 images: 847 unseen 8x8 digits, 3 seeds: random .186, k-means .147, KRR-ST .104 (44% and 30% lower); 2,000
-        unseen Fashion-MNIST images, 8,000 source rows, one seed: .143, .118, .083. Accuracy after transfer is not measured. The nets that
-        measure are like those of the pool. About 30% of the learned digit pixels lie outside [0, 1]: use `pixels`, not `image` (with
-        clipped pixels .108 instead of .104, 2 seeds). Every sample depends on all source rows: erasing one row means condensing anew
+Limits  100 Fashion-MNIST samples, 1,000 outer steps, 5 seeds: held-out KRR loss .112, of k-means images .156, of random ones .183. That
+        hardly becomes transfer: 20-way 5-shot Omniglot, linear probe .630 (k-means .626, random .623, no pre-training .584, the encoder
+        itself .716), fine-tuned .617 (.607, .610, .574, .692): ahead of random images by .008, which five seeds do not tell from
+        nothing. With 50 samples, or 300 outer steps, there was no lead at all. About 30% of the learned digit pixels lie outside [0, 1]:
+        use `pixels`, not `image` (with clipped pixels a held-out loss of .108 instead of .104, digits, 2 seeds). Every sample depends on
+        all source rows: erasing one row means condensing anew
 """
 
 from __future__ import annotations
