@@ -5,7 +5,7 @@ Claim   At 8 shots a class, shots and adapted samples (`dset`) beat shots and th
         three). Samples come half as near to real rows in Frechet distance or nearer, and alone teach ten points more.
 Arms    real, real+aug        the shots; the same turned, zoomed and shifted
         unadapted, unguided   600 samples of the base with guidance 2, and without: each is compared where it was the stronger
-        dset, cls             600 samples after one LoRA for all classes (200 steps), or after ten (20 steps each; 8 shots only)
+        dset, cls             600 samples after one LoRA for all classes (200 steps), or after ten (20 steps each)
         real+X, real+X+aug    shots, plain or augmented, and plain samples X in two loss terms, .8 and .2
         `frechet`: distance to the test rows in features of a classifier of the undarkened base rows; large where images are few.
 Equal   Base (700 bolder, darker digits), shots, DDIM steps, classifier, its two seeds, steps, batch of shots (samples come on top).
@@ -178,7 +178,7 @@ def measure(method: Callable[..., Made], seed: int, data: Sequence[Path], small:
             for arm, part in (("real", shots), ("real+aug", more)):
                 found += [Row(arm, f"accuracy {k}", learned(part, None)), Row(arm, f"frechet {k}", frechet(judge, part, test))]
             samples = {"unadapted": own["unadapted"]}
-            for arm in ("dset", "cls") if k == 8 else ("dset",):
+            for arm in ("dset", "cls"):
                 samples[arm] = made = rows_of(method(of_shots, of_base, size.drawn, variants[arm], seed=seed))
                 alone[arm] = frechet(judge, made, test), learned(None, made)
             for arm, made in samples.items():
