@@ -24,10 +24,10 @@ def condition(**changes: Any) -> dict[str, Any]:
     [
         ({}, "+0.050 [0.030, 0.070]"),
         ({"relative": True}, "+5.0% [3.0, 7.0]"),
-        ({"effect": -12.34, "ci_low": -40.1, "ci_high": 15.4}, "−12 [−40, 15]"),
+        ({"effect": -12.34, "ci_low": -40.1, "ci_high": 15.4}, "\u221212 [\u221240, 15]"),
         ({"ci_low": 0.05, "ci_high": 0.05}, "+0.050 [0.050, 0.050]"),
         ({"ci_low": None, "ci_high": None}, "+0.05 [no interval]"),
-        ({"effect": None}, "–"),
+        ({"effect": None}, "\u2013"),
     ],
 )
 def test_an_effect_has_as_many_digits_as_its_interval_allows(changes: dict[str, Any], text: str) -> None:
