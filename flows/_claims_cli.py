@@ -28,14 +28,15 @@ def table(context: typer.Context, as_json: Json = False) -> None:
         print(json.dumps(found, indent=1))  # noqa: T201
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from tasks.core.page_claims import arms_text, effect_text
 
-    columns = ("method", "claim", "arms", "effect [95%]", "status", "s", "")
+    widest = max((len(one["method"]) for one in found), default=0)
+    columns = (Column("method", min_width=widest), "claim", "arms", "effect [95%]", "status", "s", "")
     shown = Table(*columns, title=f"{len(found)} claims", title_justify="left", show_lines=True)
     for one in found:
-        paper = f"{one['paper']} (arXiv {one['arxiv']})" if one["arxiv"] else one["paper"]
+        paper = f"{one['paper']} (arXiv {one['arxiv']})" if one["arxiv"] else "a baseline"
         shown.add_row(
             f"{one['method']}\n[dim]{paper}[/dim]",
             one["claim"],
