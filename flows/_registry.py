@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from flows import _promotion
 from flows._session import NeedsRun, session
 from tasks.core.dataset import read_info
 from tasks.core.errors import UserError
@@ -20,7 +21,7 @@ def model_name(role: str) -> str:
 def find_model(spec: str) -> ModelRef:
     """The model that `NAME@alias`, `NAME/version` or `NAME` (its newest version) stands for.
 
-    Raises UserError that lists what there is.
+    Raises UserError that lists what there is, or where the alias `champion` was moved past the gate.
     """
     store = session().store
     name, _, which = spec.partition("@") if "@" in spec else spec.partition("/")
@@ -30,6 +31,8 @@ def find_model(spec: str) -> ModelRef:
             known = ", ".join(store.names()) or "none yet: make one with 'retort run'"
             raise UserError(f"there is no registered model {name!r}; there are: {known}")
         which = str(versions[-1].version)
+    if which == _promotion.CHAMPION and store.known(name):
+        _promotion.check(session().settings, store, name)
     return store.version_ref(name, which)
 
 

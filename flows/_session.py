@@ -26,6 +26,8 @@ from tasks.core.store import Store
 
 R = TypeVar("R")
 SECTIONS = ("pool", "filter", "condense", "generate", "recipe", "train", "distill", "unlearn", "references", "evaluate", "registry")
+MODES = ("off", "dry-run", "enforce")  # what follows from a gate's word
+FLOWS_OWN = {"unlearn": ("demonstration_rows",), "registry": ("mode",)}  # keys of a section that are the flow's, not the method's
 
 
 class NeedsRun(Exception):  # noqa: N818 (a signal, not an error)
@@ -92,6 +94,9 @@ class Session:
                 raise UserError(f"{self.settings.params}: there is no section {section!r}; valid: seed, {', '.join(SECTIONS)}")
         for family in catalog.families():
             self.method(family)
+        mode = self.params("registry").get("mode", "enforce")
+        if mode not in MODES:
+            raise UserError(f"{self.settings.params}: 'registry.mode' must be one of {', '.join(MODES)}, not {mode!r}")
         for name, found in self.params("references").items():
             if name != "finetune" or not isinstance(found, dict):
                 raise UserError(f"{self.settings.params}: 'references:' knows 'finetune:' and its settings, not {name!r}: {found!r}")
@@ -102,7 +107,7 @@ class Session:
             name, settings = self.method(family)
             if family == "train":
                 settings = {**self.params("recipe"), **settings}
-            catalog.configure(name, {key: value for key, value in settings.items() if key != "demonstration_rows"})
+            catalog.configure(name, {key: value for key, value in settings.items() if key not in FLOWS_OWN.get(family, ())})
         catalog.configure("unlearn.retrain", self.params("recipe"))
         catalog.configure("unlearn.finetune", self.params("references").get("finetune", {}))
 

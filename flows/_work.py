@@ -13,11 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows import _dvc, _server
+from flows import _dvc, _promotion, _server
 from flows._screen import watching
 from flows._session import NeedsRun, Session, use
 from tasks.core.errors import UserError
-from tasks.core.saga import Journal
 from tasks.core.settings import Settings
 from tasks.core.step import preload
 from tasks.core.store import Store
@@ -92,21 +91,9 @@ def _open_store(settings: Settings) -> Store:
     """Open the store, clean up after a run that was cut off, and import what the first step will need."""
     store = Store(settings)
     store.sweep()
-    settle(settings, store)
+    _promotion.settle(settings, store)
     preload()
     return store
-
-
-def settle(settings: Settings, store: Store) -> None:
-    """Close promotions that a crash left open in the journal, by what the alias says."""
-    journal = Journal(settings.home / "journal.jsonl")
-    last: dict[str, dict[str, Any]] = {}
-    for entry in journal.entries():
-        last[entry["name"]] = entry
-    for name, entry in last.items():
-        if entry["kind"] == "promoting":
-            moved = store.aliases(name).get("champion") == entry["version"]
-            journal.append("promoted" if moved else "abandoned", name=name, version=entry["version"], champion=entry["champion"])
 
 
 def _has_store(settings: Settings) -> bool:

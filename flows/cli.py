@@ -96,6 +96,52 @@ def promote(
 
 
 @app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    reason: Annotated[str, typer.Option(help="Why; it is kept in the journal.")] = "",
+) -> None:
+    """Give the alias `champion` back to the last good champion before the present one."""
+    _environment()
+    from flows import _promotion
+    from tasks.core.saga import project_lock
+    from tasks.core.settings import project
+    from tasks.core.store import Store
+
+    settings = project()
+    with project_lock(settings):
+        store = Store(settings)
+        for sentence in _promotion.settle(settings, store):
+            print(f"first: {sentence}")  # noqa: T201
+        version = _promotion.rollback(settings, store, name, reason)
+    left = [e for e in _promotion.history(settings, name) if e["kind"] in _promotion.OPEN.values() and e["champion"] == version]
+    why = f"; it was left on {left[-1]['at'][:10]} for version {left[-1]['version']}: {left[-1]['reason']}" if left else ""
+    print(f"version {version} of {name} is champion again{why}", flush=True)  # noqa: T201
+    os._exit(0)  # a client that has loaded a model may wait for its threads for minutes; all there is to keep is on the disk
+
+
+@app.command()
+def history(name: Annotated[str, typer.Argument(help="Registered model.")], as_json: Json = False) -> None:
+    """List what became of a model's versions: every verdict and every move of its champion."""
+    from flows import _promotion
+    from tasks.core.errors import UserError
+    from tasks.core.settings import project
+
+    found = _promotion.history(project(), name)
+    if not found:
+        raise UserError(f"the journal knows nothing of {name!r}: no version of it was offered for promotion here")
+    if as_json:
+        print(json.dumps(found, indent=1))  # noqa: T201
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("when", "what", "version", "champion before", "why")
+    for entry in found:
+        table.add_row(entry["at"], entry["kind"], str(entry["version"]), str(entry["champion"] or ""), entry.get("reason", ""))
+    Console().print(table)
+
+
+@app.command()
 def methods(as_json: Json = False, family: Annotated[str, typer.Option(help="Only this family.")] = "") -> None:
     """List every method with its paper and claim."""
     from tasks.core import catalog

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from datetime import date
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from flows import _promotion
 from flows._registry import find_model
 from flows._session import NeedsRun, session, step
 from flows.evaluate import TEST
 from tasks.core import catalog
 from tasks.core.errors import UserError
+from tasks.core.page import render_verdict
 from tasks.core.refs import EvidenceRef, ModelRef, data_ref
-from tasks.core.saga import Journal
 from tasks.core.step import Plan, read_evidence
 
 
@@ -37,8 +39,8 @@ def promote(name: str, version: int = 0) -> dict[str, Any]:
     number = version or known[-1]
     if number not in known:
         raise UserError(f"{name} has no version {number}; it has {', '.join(map(str, known))}")
-    aliases = store.aliases(name)
-    champion = aliases.get("champion")
+    _promotion.check(here.settings, store, name)
+    champion = store.aliases(name).get(_promotion.CHAMPION)
     if champion == number:
         verdict = json.loads(next(v for v in store.versions(name) if int(v.version) == number).tags.get("retort.verdict", "{}"))
         here.record("promote", "registry.gate", True, 0.0, f"{name} version {number} is champion")
@@ -50,44 +52,51 @@ def promote(name: str, version: int = 0) -> dict[str, Any]:
     test = data_ref(here.settings, TEST)
     evidence = step(Plan("gate evidence", method, settings, {"models": models, "test": test}, here.seed))
     gate, rules = here.method("registry")
+    mode = rules.pop("mode", "enforce")
     found = next(v for v in store.versions(name) if int(v.version) == number).tags.get("retort.verdict")
     verdict = json.loads(found) if found else {}
     assert isinstance(evidence.ref, EvidenceRef)
-    basis = {"evidence": evidence.ref.run_id, "gate": gate, "settings": rules, "against": champion}
-    if verdict.get("basis") != basis or verdict["promote"]:
+    basis = {"evidence": evidence.ref.run_id, "gate": gate, "settings": rules, "against": champion, "mode": mode}
+    if verdict.get("basis") != basis or (verdict["promote"] and mode != "dry-run"):
         if here.planning:
             raise NeedsRun("promote")
-        verdict = decide(name, number, champion, gate, rules, basis)
-    outcome = "is champion" if verdict["promote"] else f"refused: {verdict['reason']}"
-    here.record("promote", "registry.gate", False, 0.0, f"{name} version {number} {outcome}")
-    return {"name": name, "version": number, "promoted": verdict["promote"], "verdict": verdict}
+        verdict = decide(name, number, champion, basis)
+    promoted = verdict["promote"] and mode != "dry-run"
+    would = "would be " if mode == "dry-run" else ""
+    outcome = ("is champion" if promoted else "would be champion") if verdict["promote"] else f"{would}refused: {verdict['reason']}"
+    here.record("promote", gate, False, 0.0, f"{name} version {number} {outcome}")
+    return {"name": name, "version": number, "promoted": promoted, "verdict": verdict}
 
 
 @task(name="registry.gate", task_run_name="gate: {name} version {number}", cache_policy=NO_CACHE, persist_result=False)
-def decide(name: str, number: int, champion: int | None, gate: str, rules: dict[str, Any], basis: dict[str, Any]) -> dict[str, Any]:
-    """Apply the gate, store the verdict, then move the alias: read, journal, check, set, read again.
+def decide(name: str, number: int, champion: int | None, basis: dict[str, Any]) -> dict[str, Any]:
+    """Apply the gate, store the verdict, then move the alias.
 
     Each part may be repeated: what was cut off is done again by the next run.
     """
     here = session()
-    store, client = here.store, here.store.client
+    store, client, gate = here.store, here.store.client, basis["gate"]
     evidence = read_evidence(store, EvidenceRef(run_id=basis["evidence"]))
-    decision = catalog.get(gate).entry(evidence, catalog.configure(gate, rules), seed=here.seed)
-    verdict = {"promote": decision.promote, "reason": decision.reason, "rules": [asdict(r) for r in decision.rules], "basis": basis}
+    if basis["mode"] == "off":
+        verdict: dict[str, Any] = {"promote": True, "reason": "the gate is off", "rules": [], "basis": basis}
+    else:
+        decision = catalog.get(gate).entry(evidence, catalog.configure(gate, basis["settings"]), seed=here.seed)
+        rules = [asdict(rule) for rule in decision.rules]
+        verdict = {"promote": decision.promote, "reason": decision.reason, "rules": rules, "basis": basis}
+    verdict["data"] = evidence.data
     store.log_json(basis["evidence"], f"verdict-{name}-{number}.json", verdict)
+    store.log_text(
+        basis["evidence"], f"verdict-{name}-{number}.html", render_verdict(name, number, verdict, evidence.data, f"{date.today()}")
+    )
     client.set_model_version_tag(name, str(number), "retort.verdict", json.dumps(verdict))
     client.set_registered_model_alias(name, "candidate", str(number))
-    journal = Journal(here.settings.home / "journal.jsonl")
-    if not decision.promote:
-        journal.append("refused", name=name, version=number, champion=champion, reason=decision.reason)
+    if basis["mode"] == "dry-run":
         return verdict
-    if store.aliases(name).get("champion") != champion:
-        raise UserError(f"the champion of {name} changed while version {number} was judged; run the promotion again")
-    journal.append("promoting", name=name, version=number, champion=champion, reason=decision.reason)
-    client.set_registered_model_alias(name, "champion", str(number))
-    if store.aliases(name).get("champion") != number:
-        raise UserError(f"the champion of {name} could not be set to version {number}: something else moves it")
-    journal.append("promoted", name=name, version=number, champion=champion)
+    if verdict["promote"]:
+        _promotion.move(here.settings, store, name, number, champion, "promoting", verdict["reason"])
+    else:
+        refused = {"name": name, "version": number, "champion": champion, "reason": verdict["reason"]}
+        _promotion.journal_of(here.settings).append("refused", **refused)
     return verdict
 
 

@@ -67,7 +67,7 @@ def confusion(labels: Ints, predicted: Ints, classes: int) -> npt.NDArray[np.int
 
 def reliability(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15) -> list[dict[str, float]]:
     """Equal-width confidence bins (low, high]: count, mean confidence, accuracy. Empty bins are left out."""
-    at = _bin(confidence, bins)
+    at = bin_of(confidence, bins)
     rows = []
     for b in range(bins):
         inside = at == b
@@ -84,7 +84,8 @@ def reliability(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15)
     return rows
 
 
-def _bin(confidence: Floats, bins: int) -> npt.NDArray[np.int64]:
+def bin_of(confidence: Floats, bins: int) -> npt.NDArray[np.int64]:
+    """Which of `bins` equal steps of (0, 1] each confidence (N,) lies in."""
     # float32 values a hair above an edge would land one bin too high
     edges = np.asarray(confidence, dtype=np.float64) * bins
     return np.clip(np.ceil(edges - 1e-6).astype(np.int64) - 1, 0, bins - 1)
@@ -106,7 +107,7 @@ def mean(values: Floats, *, seed: int = 0, draws: int = 1000) -> Figure:
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         raise ValueError("a mean of nothing is not defined")
-    means = np.concatenate([counts @ values for counts in _resampled(len(values), seed, draws)]) / len(values)
+    means = np.concatenate([counts @ values for counts in resampled(len(values), seed, draws)]) / len(values)
     low, high = np.percentile(means, [2.5, 97.5])
     value = float(values.mean())
     return Figure(value, min(value, float(low)), max(value, float(high)))
@@ -120,15 +121,15 @@ def calibration_error(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int
     error lies at the interval's low end or below it.
     """
     value = ece(confidence, hits, bins)
-    at, n = _bin(confidence, bins), len(hits)
+    at, n = bin_of(confidence, bins), len(hits)
     gaps = np.zeros((n, bins))
     gaps[np.arange(n), at] = hits - np.asarray(confidence, dtype=np.float64)
-    errors = np.concatenate([np.abs(counts @ gaps).sum(1) for counts in _resampled(n, seed, draws)]) / n
+    errors = np.concatenate([np.abs(counts @ gaps).sum(1) for counts in resampled(n, seed, draws)]) / n
     low, high = 2 * value - np.percentile(errors, [97.5, 2.5])
     return Figure(value, max(0.0, min(value, float(low))), max(value, float(high)))
 
 
-def _resampled(n: int, seed: int, draws: int) -> Iterator[Floats]:
+def resampled(n: int, seed: int, draws: int) -> Iterator[npt.NDArray[np.float64]]:
     """How often each of n samples is drawn, (some, n) at a time so that memory stays small."""
     generator = np.random.default_rng(seed)
     some = max(1, min(draws, 2_000_000 // n))

@@ -197,6 +197,17 @@ def render(page: Page) -> str:
     return text
 
 
+def render_verdict(name: str, version: int, found: Mapping[str, Any], data: Mapping[str, str], made_at: str) -> str:
+    """One verdict as a page: every rule with both figures and its interval, and the data (role: md5) that all of it rests on."""
+    env = environment()
+    env.filters.update(number=plain_number, unbroken=unbroken)
+    decision = {"name": name, "version": version, "promoted": found["promote"], "verdict": found}
+    text: str = env.get_template("page_verdict.html.j2").render(
+        name=name, version=version, verdicts=[verdict(decision)], promote=found["promote"], basis=found["basis"], data=data, made_at=made_at
+    )
+    return text
+
+
 def pictures(page: Page) -> int:
     """How many pictures of samples the page shows."""
     return sum(len(g.pictures) for g in page.galleries) + sum(len(row.real) + len(row.made) for row in page.class_rows)
@@ -229,7 +240,8 @@ def verdict(decision: Mapping[str, Any]) -> dict[str, Any]:
     for rule in found.get("rules") or []:
         low, high = rule.get("low"), rule.get("high")
         spans = low is not None and high is not None and low != high and not (math.isnan(low) or math.isnan(high))
-        rules.append({**rule, "interval": f"{low:+.3f} to {high:+.3f}" if spans else ""})
+        words = f"gain {low:+.3f} to {high:+.3f} (95%)" if rule.get("champion") is not None else f"95% interval {low:.3f} to {high:.3f}"
+        rules.append({**rule, "interval": words if spans else ""})
     met = {0: "It stands as champion.", 1: "The one rule is met.", 2: "Both rules are met."}.get(
         len(rules), f"All {len(rules)} rules are met."
     )

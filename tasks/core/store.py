@@ -119,6 +119,10 @@ class Store:
         """Store plain values as an artifact of a run."""
         self.client.log_dict(run_id, values, name)
 
+    def log_text(self, run_id: str, name: str, text: str) -> None:
+        """Store text as an artifact of a run."""
+        self.client.log_text(run_id, text, name)
+
     def log_file(self, run_id: str, path: Path) -> None:
         """Store a file as an artifact of a run, under its own name."""
         self.client.log_artifact(run_id, str(path))
@@ -242,6 +246,41 @@ class Store:
     def aliases(self, name: str) -> dict[str, int]:
         """Aliases of a registered model and the versions that they stand for."""
         return {alias: int(version) for alias, version in self.client.get_registered_model(name).aliases.items()}
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Let an alias stand on a version. Raises UserError where it does not stand there afterwards."""
+        self.client.set_registered_model_alias(name, alias, str(version))
+        if self.aliases(name).get(alias) != version:
+            raise UserError(f"alias {alias!r} of {name} could not be set to version {version}: something else moves it")
+
+    def delete_alias(self, name: str, alias: str) -> None:
+        """Take an alias away."""
+        self.client.delete_registered_model_alias(name, alias)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the store is this project's own database, and not a server's."""
+        return self.settings.tracking_uri.startswith("sqlite")
+
+    def smoke_check(self, name: str, alias: str) -> None:
+        """Load a version through the registry as any client would and have it answer two images of noise.
+
+        Raises UserError where it does not load or does not answer with a probability for each class.
+        """
+        import mlflow
+        import numpy as np
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it asks for type hints that would shut out tensors
+                model = mlflow.pyfunc.load_model(f"models:/{name}@{alias}")
+            spec = model.metadata.get_input_schema().inputs[0]
+            images = np.random.default_rng(0).integers(0, 256, (2, *spec.shape[1:]), dtype=np.uint8)
+            answer = np.asarray(model.predict(images))
+        except Exception as error:  # whatever a client would meet
+            raise UserError(f"it cannot be served: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+        if answer.ndim != 2 or len(answer) != 2 or not np.allclose(answer.sum(1), 1, atol=1e-3):
+            raise UserError(f"it answers two images with {answer.tolist()}, which are no class probabilities")
 
     def version_ref(self, name: str, version: int | str) -> ModelRef:
         """The model that a version or an alias stands for. Raises UserError that lists what there is."""

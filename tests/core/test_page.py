@@ -410,7 +410,7 @@ def test_verdict_without_rules_says_that_nothing_is_known() -> None:
 def test_verdict_shows_the_interval_of_a_comparison_only() -> None:
     student, teacher = (pages.verdict(d) for d in decisions())
     assert [rule["interval"] for rule in student["rules"]] == ["", ""]
-    assert [rule["interval"] for rule in teacher["rules"]] == ["", "-0.017 to +0.006"]
+    assert [rule["interval"] for rule in teacher["rules"]] == ["", "gain -0.017 to +0.006 (95%)"]
     assert (student["compared"], teacher["compared"]) == (False, True)
 
 

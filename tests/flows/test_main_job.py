@@ -136,7 +136,7 @@ def test_lineage_leads_from_the_champion_down_to_the_source(finished: Path) -> N
 
 
 def test_a_worse_candidate_is_refused_and_the_champion_stays(copy: Path) -> None:
-    change(copy, "registry", margin=0.0, min_accuracy=0.999)
+    change(copy, "registry", rules={"accuracy": {"min": 0.999}})
     change(copy, "distill", steps=1)
     ran = workspace.retort(copy, "run")
     assert ran.returncode == 0, ran.stdout
@@ -302,3 +302,44 @@ def test_two_runs_at_once_do_not_meet(finished: Path) -> None:
         ran = workspace.retort(finished, "run")
     assert ran.returncode == 2
     assert f"process {os.getpid()}" in ran.stderr
+
+
+def test_a_dry_run_moves_nothing_and_a_promotion_can_be_rolled_back(copy: Path) -> None:
+    lenient = {"accuracy": {"min": 0.0, "min_delta": -1.0}}
+    change(copy, "registry", mode="dry-run", rules=lenient)
+    before = (copy / ".retort" / "journal.jsonl").read_bytes()
+    dry = workspace.retort(copy, "promote", "digits-teacher", "--version", "1")
+    assert dry.returncode == 0, dry.stdout
+    assert "digits-teacher version 1 would be champion" in " ".join(dry.stdout.split())
+    assert (copy / ".retort" / "journal.jsonl").read_bytes() == before
+
+    change(copy, "registry", mode="enforce")
+    assert "digits-teacher version 1 is champion" in " ".join(
+        workspace.retort(copy, "promote", "digits-teacher", "--version", "1").stdout.split()
+    )
+    pages = list((copy / ".retort" / "artifacts").rglob("verdict-digits-teacher-1.html"))
+    assert "accuracy within 1 of champion" in pages[-1].read_text()
+
+    back = workspace.retort(copy, "rollback", "digits-teacher", "--reason", "complaints")
+    assert back.returncode == 0, back.stderr
+    assert back.stdout.startswith("version 2 of digits-teacher is champion again; it was left on ")
+    told = json.loads(workspace.retort(copy, "history", "digits-teacher", "--json").stdout)
+    assert [entry["kind"] for entry in told][-4:] == ["promoting", "promoted", "rolling-back", "rolled-back"]
+    assert told[-1]["reason"] == "complaints"
+    assert "nobody" in workspace.retort(copy, "history", "nobody").stderr
+
+
+def test_a_champion_that_somebody_set_by_hand_is_not_used(copy: Path) -> None:
+    with sqlite3.connect(copy / ".retort" / "mlflow.db") as database:
+        database.execute("UPDATE registered_model_aliases SET version = 1 WHERE name = 'digits-teacher' AND alias = 'champion'")
+    ran = workspace.retort(copy, "evaluate", "digits-teacher@champion")
+    assert ran.returncode == 2, ran.stdout
+    assert "somebody moved it past the gate; 'retort rollback digits-teacher' puts it back" in " ".join(ran.stdout.split())
+    assert workspace.retort(copy, "rollback", "digits-teacher").stdout.startswith("version 2 of digits-teacher is champion again")
+
+
+def test_an_unknown_mode_gets_one_sentence(copy: Path) -> None:
+    change(copy, "registry", mode="sometimes")
+    ran = workspace.retort(copy, "promote", "digits-student")
+    assert ran.returncode == 2
+    assert "'registry.mode' must be one of off, dry-run, enforce, not 'sometimes'" in " ".join(ran.stdout.split())
