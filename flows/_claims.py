@@ -25,6 +25,7 @@ from tasks.core.settings import THREADS, shared_data
 
 FOLDER = catalog.ROOT / "tests" / "claims"
 RESULTS = FOLDER / "results"
+DIGITS = 6  # of what is published
 LIBRARIES = ("torch", "numpy", "scikit-learn", "diffusers", "peft", "transformers")
 NOT_MEASURED: dict[str, Any] = {
     **dict.fromkeys(("status", "effect", "ci_low", "ci_high", "headline", "seconds")),
@@ -103,7 +104,9 @@ def run(
         told(f"{name} seed {seed}: {error or f'{len(rows)} values'} ({len(measured)}/{len(seeds)}, {time.monotonic() - began:.0f} s)")
     if len(failures) == len(seeds):
         raise UserError(f"no seed of the claim of {name} could be measured; the first said: {failures[seeds[0]]}")
-    values = table({seed: measured[seed] for seed in seeds})
+    # what is published is judged: figures that anyone works out from the file are those in it
+    exact = table({seed: measured[seed] for seed in seeds})
+    values = {metric: {arm: [round(v, DIGITS) for v in column] for arm, column in arms.items()} for metric, arms in exact.items()}
     return result(name, claim, seeds, values, failures, where, time.monotonic() - began)
 
 
@@ -173,7 +176,7 @@ def _spread(column: Sequence[float]) -> dict[str, float | None]:
 
 
 def _finite(value: float) -> float | None:
-    return round(value, 6) if math.isfinite(value) else None
+    return round(value, DIGITS) if math.isfinite(value) else None
 
 
 def judged_again(found: Mapping[str, Any]) -> dict[str, Any]:

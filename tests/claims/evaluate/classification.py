@@ -55,14 +55,16 @@ def measure(method: Any, seed: int, data: Sequence[Path], small: bool = False) -
     chosen = test.take(np.isin(test.labels, best))
     truth = float((loop.predict(net, chosen.pixels).argmax(1).numpy() == chosen.labels).mean())
     held: dict[str, list[bool]] = {"method": [], "usual": []}
+    widths: dict[str, list[float]] = {"method": [], "usual": []}
     for trial in range(trials):
         some = chosen.take(rng.permutation(len(chosen.labels))[:ROWS])
         sample = {"test": dataset(some.pixels, some.labels, some.classes, split="test")}
         for arm, evaluate in (("method", method), ("usual", switched_off)):
             figure = evaluate({"net": net}, sample, Config(draws=10, repeats=1), seed=trial).figures["net"]["accuracy"]
             held[arm].append(figure.low <= truth <= figure.high)
-    coverage = [Row(arm, "coverage", float(np.mean(hits))) for arm, hits in held.items()]
-    return [*coverage, Row("nominal", "coverage", 0.95), Row("net", "accuracy", truth)]
+            widths[arm].append(figure.high - figure.low)
+    found = [Row(arm, metric, float(np.mean(of[arm]))) for metric, of in (("coverage", held), ("width", widths)) for arm in of]
+    return [*found, Row("nominal", "coverage", 0.95), Row("net", "accuracy", truth)]
 
 
 def switched_off(
