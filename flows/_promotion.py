@@ -109,10 +109,15 @@ def rollback(settings: Settings, store: Store, name: str, reason: str) -> int:
     if not versions:
         raise UserError(f"there is no registered model {name!r}; there are: {', '.join(store.names()) or 'none'}")
     stands, known = store.aliases(name).get(CHAMPION), rightful(settings, name)
-    past = [entry["version"] for entry in history(settings, name) if entry["kind"] in OPEN.values()]
-    good = [version for version in past if version in versions and versions[version].tags.get("revoked", "false") == "false"]
-    # an alias that was moved past the gate goes back to whom it belongs; otherwise the present champion is left
-    choice = [version for version in good if version != stands] if stands == known else good
+    line: list[int] = []  # those that stood there, the newest last, without those that a rollback left
+    for entry in history(settings, name):
+        if entry["kind"] == "promoted":
+            line.append(entry["version"])
+        elif entry["kind"] == "rolled-back":
+            line = line[: len(line) - line[::-1].index(entry["version"])] if entry["version"] in line else [entry["version"]]
+    # the present champion is left; an alias that was moved past the gate goes back to whom it belongs
+    past = line[:-1] if stands == known else line
+    choice = [v for v in past if v != stands and v in versions and versions[v].tags.get("revoked", "false") == "false"]
     if not choice:
         raise UserError(f"{name} has no earlier champion to go back to: no other version that stood there is left unrevoked")
     move(settings, store, name, choice[-1], stands, "rolling-back", reason)

@@ -152,6 +152,17 @@ def test_rollback_goes_to_the_last_good_champion_and_passes_over_revoked_ones(st
     _promotion.check(store.settings, store, name)
 
 
+def test_one_rollback_after_another_goes_further_back_and_never_to_what_was_left(store: Store, name: str) -> None:
+    for version, before in ((1, None), (2, 1), (3, 2)):
+        promote(store, name, version, before)
+    assert _promotion.rollback(store.settings, store, name, "") == 2
+    assert _promotion.rollback(store.settings, store, name, "") == 1
+    with pytest.raises(UserError, match="no earlier champion"):
+        _promotion.rollback(store.settings, store, name, "")
+    promote(store, name, 3, 1)
+    assert _promotion.rollback(store.settings, store, name, "") == 1
+
+
 def test_with_nothing_to_go_back_to_rollback_says_so(store: Store, name: str) -> None:
     promote(store, name, 1, None)
     with pytest.raises(UserError, match="no earlier champion to go back to"):
