@@ -52,6 +52,8 @@ def _load(name: str) -> ModuleType:
     path = FOLDER.joinpath(*name.split(".")).with_suffix(".py")
     if str(catalog.ROOT) not in sys.path:
         sys.path.insert(0, str(catalog.ROOT))  # claims import `tests.claims.samples`
+    for variable, value in THREADS.items():
+        os.environ.setdefault(variable, value)  # before the claim imports torch, here and in the processes that run seeds
     spec = importlib.util.spec_from_file_location(f"tests.claims.{name}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -117,8 +119,6 @@ def _each(name: str, seeds: list[int], where: list[Path], off: bool, small: bool
         return
     import multiprocessing
 
-    for variable, value in THREADS.items():
-        os.environ.setdefault(variable, value)  # the children read it when they import torch
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(_one, name, seed, where, off, small) for seed in seeds]
         yield from (done.result() for done in as_completed(waiting))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -64,10 +63,7 @@ def run(
     """Measure a claim again. Nothing is written unless `--out` says where."""
     from flows import _claims
     from tasks.core.errors import UserError
-    from tasks.core.settings import THREADS
 
-    for variable, value in THREADS.items():
-        os.environ.setdefault(variable, value)
     if out and (switched_off or small):
         raise UserError("a claim that is switched off or small is no result: leave out --out, --switched-off and --small")
     chosen = range(first_seed, first_seed + (seeds or _claims.load(method).CLAIM.seeds))
