@@ -24,6 +24,7 @@ from tasks.core.errors import UserError
 from tasks.core.page import render_verdict
 from tasks.core.refs import EvidenceRef, ModelRef, data_ref
 from tasks.core.step import Plan, read_evidence
+from tasks.registry import Offer
 
 
 @flow(name="promote")
@@ -80,7 +81,7 @@ def decide(name: str, number: int, champion: int | None, basis: dict[str, Any]) 
     if basis["mode"] == "off":
         verdict: dict[str, Any] = {"promote": True, "reason": "the gate is off", "rules": [], "basis": basis}
     else:
-        decision = catalog.get(gate).entry(evidence, catalog.configure(gate, basis["settings"]), seed=here.seed)
+        decision = catalog.get(gate).entry(Offer(evidence=evidence), catalog.configure(gate, basis["settings"]), seed=here.seed)
         rules = [asdict(rule) for rule in decision.rules]
         verdict = {"promote": decision.promote, "reason": decision.reason, "rules": rules, "basis": basis}
     verdict["data"] = evidence.data

@@ -39,6 +39,8 @@ class Net(nn.Module):
 class ConvNet(Net):
     """3x3 convolutions, each with 2x2 max-pooling and ReLU, then one hidden layer. Images of 16 pixels and more are halved first.
 
+    `norm` may be `batch`: batch normalisation behind each convolution.
+
     Raises ValueError where the image is too small for so many poolings.
     """
 
@@ -49,7 +51,8 @@ class ConvNet(Net):
         for at, out in enumerate(arch["widths"]):
             stride = 2 if at == 0 and min(height, width) >= 16 else 1
             # pooling and ReLU commute; this order leaves ReLU a quarter of the values
-            layers += [nn.Conv2d(channels, out, 3, stride=stride, padding=1), nn.MaxPool2d(2), nn.ReLU()]
+            norm = [nn.BatchNorm2d(out)] if arch.get("norm") == "batch" else []
+            layers += [nn.Conv2d(channels, out, 3, stride=stride, padding=1), *norm, nn.MaxPool2d(2), nn.ReLU()]
             height, width = -(-height // stride) // 2, -(-width // stride) // 2
             channels = out
         if min(height, width) == 0:
@@ -74,9 +77,12 @@ def build(arch: dict[str, Any]) -> Net:
     return KINDS[arch["kind"]](arch)
 
 
-def convnet(shape: tuple[int, int, int], classes: int, *, widths: tuple[int, ...], hidden: int, mean: float, std: float) -> Net:
+def convnet(
+    shape: tuple[int, int, int], classes: int, *, widths: tuple[int, ...], hidden: int, mean: float, std: float, norm: str = ""
+) -> Net:
     """A fresh `ConvNet`. Its first weights come from torch's global generator: call it inside `loop.seeded`."""
     kind = {"kind": "convnet", "shape": list(shape), "classes": classes, "widths": list(widths), "hidden": hidden}
+    kind |= {"norm": norm} if norm else {}
     return build({**kind, "mean": round(mean, 6), "std": round(std, 6)})
 
 

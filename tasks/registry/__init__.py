@@ -1,11 +1,30 @@
-"""Registry: what is known of model versions in, a model version or a decision out."""
+"""Registry: model versions and what is known of them in; a model, a ranking or a decision out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tasks.core.dataset import Dataset
 from tasks.core.evidence import Evidence
+from tasks.core.networks import Net
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a registry method looks at. It fills in what it says in its docstring that it needs; nothing here may be changed.
+
+    nets      networks by version, such as `digits-student/3`, in the order that the user named them
+    data      rows by role: `train`, `choose` (held out from training; never test rows), `query`, or a version's own training rows
+    evidence  what was measured, with the models under the names `candidate` and, where there is one, `champion`
+    facts     plain values: `versions` and `devices`, each by name
+    """
+
+    nets: Mapping[str, Net] = field(default_factory=dict)
+    data: Mapping[str, Dataset] = field(default_factory=dict)
+    evidence: Evidence | None = None
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,10 +52,26 @@ class Decision:
         return "; ".join(rule.reason for rule in self.rules)
 
 
-class Decide(Protocol):
-    """Decide on the model called `candidate` in the evidence, against `champion` where the evidence has one."""
+@dataclass(frozen=True)
+class Place:
+    """One version's place in a ranking: its score (higher is better) and why it stands there."""
 
-    def __call__(self, evidence: Evidence, cfg: Any, *, seed: int = 0) -> Decision: ...
+    version: str
+    score: float
+    reason: str
 
 
-SIGNATURE = Decide
+@dataclass(frozen=True)
+class Ranking:
+    """Versions that will do, the best first."""
+
+    places: tuple[Place, ...]
+
+
+class Registry(Protocol):
+    """Look at what is offered. A method that makes a model leaves those that it was given as they were."""
+
+    def __call__(self, offer: Offer, cfg: Any, *, seed: int = 0, device: str = "cpu") -> Net | Ranking | Decision: ...
+
+
+SIGNATURE = Registry

@@ -27,7 +27,7 @@ from tasks.core.errors import UserError
 from tasks.core.evidence import Evidence
 from tasks.core.method import MethodConfig, method
 from tasks.core.metrics import Figure
-from tasks.registry import Decision, Rule
+from tasks.registry import Decision, Offer, Rule
 
 LOWER_IS_BETTER = {"ece", "nll", "latency_ms_b1", "latency_ms_b64", "parameters", "size_bytes", "avg_gap"}
 PAIRED = ("accuracy", "worst_class_accuracy", "ece")
@@ -71,11 +71,15 @@ SMOKE = Config(rules={"accuracy": Bounds(min=0.1, min_delta=-0.5), "ece": Bounds
 
 
 @method(paper="", claim="a candidate worse than the champion by more than the margin is never promoted; an equal one is")
-def gate(evidence: Evidence, cfg: Config = Config(), *, seed: int = 0) -> Decision:
-    """Decide on the model `candidate`, against `champion` where the evidence has one.
+def gate(offer: Offer, cfg: Config = Config(), *, seed: int = 0, device: str = "cpu") -> Decision:
+    """Decide on the model `candidate` of the offer's evidence, against `champion` where the evidence has one.
 
-    A figure that is missing or no number meets no rule. Raises UserError where the two were not measured on the same samples.
+    A figure that is missing or no number meets no rule. Raises UserError where there is no evidence, or where the two were not measured
+    on the same samples.
     """
+    evidence = offer.evidence
+    if evidence is None or "candidate" not in evidence.figures:
+        raise UserError("the gate needs evidence on the candidate; evaluate it first")
     rules: list[Rule] = []
     for metric, bounds in cfg.rules.items():
         figure = evidence.figures["candidate"].get(metric)

@@ -23,15 +23,17 @@ from tasks.core.files import folder_md5
 from tasks.core.method import Made, MethodConfig
 from tasks.core.metrics import Figure
 from tasks.core.networks import Net
-from tasks.registry import Decision
+from tasks.registry import Decision, Offer, Ranking
 
 NAMES = sorted(catalog.cards())
 HEAVY = ("diffusers", "transformers", "peft", "sklearn", "ray", "mlflow", "prefect", "matplotlib")
 
 
-def small_net(data: Dataset, seed: int) -> Net:
-    with loop.seeded(seed):
-        return networks.convnet(data.info.shape, len(data.info.classes), widths=(8, 8), hidden=16, mean=0.3, std=0.3)
+def small_net(data: Dataset, seed: int, shift: float = 0.0) -> Net:
+    with loop.seeded(seed), torch.no_grad():
+        net = networks.convnet(data.info.shape, len(data.info.classes), widths=(8, 8), hidden=16, mean=0.3, std=0.3)
+        net.head.bias[0] += shift
+    return net
 
 
 def evidence_for(data: Dataset) -> Evidence:
@@ -42,6 +44,23 @@ def evidence_for(data: Dataset) -> Evidence:
     found = classification.classification(models, {"test": test}, classification.SMOKE)
     assert isinstance(found.figures["candidate"]["accuracy"], Figure)
     return found
+
+
+def offer_for(data: Dataset) -> Offer:
+    """Three versions that went on from one network, with all that a registry method may ask for."""
+    nets = {f"digits-teacher/{at + 1}": small_net(data, 1, shift=0.1 * at) for at in range(3)}
+    versions = {
+        name: {"task": "digits", "sensor": "camera", "shape": [1, 8, 8], "weight_bytes": 20_000 * (at + 1), "activation_bytes": 8_000}
+        for at, name in enumerate(nets)
+    }
+    devices = {"board": {"sensors": ["camera"], "flash_bytes": 50_000, "ram_bytes": 16_000}}
+    rows = {"train": data.split("train"), "choose": data.split("validation"), "query": data.split("reference")}
+    return Offer(
+        nets,
+        {**rows, **{name: data.split("train") for name in nets}},
+        evidence_for(data),
+        {"versions": versions, "devices": devices},
+    )
 
 
 def run(name: str, data: Dataset, seed: int) -> Any:
@@ -66,11 +85,11 @@ def run(name: str, data: Dataset, seed: int) -> Any:
         rows = {"test": test, "forget": train.take(np.arange(10)), "retain": train.take(np.arange(10, 200))}
         return call(models, rows, cfg, seed=seed)
     if family == "registry":
-        return call(evidence_for(data), cfg, seed=seed)
+        return call(offer_for(data), cfg, seed=seed)
     raise AssertionError(f"family {family} has no case here: add one that follows its signature")
 
 
-RESULTS: dict[str, type] = {
+RESULTS: dict[str, type | tuple[type, ...]] = {
     "filter": Made,
     "condense": Made,
     "generate": Made,
@@ -78,7 +97,7 @@ RESULTS: dict[str, type] = {
     "distill": Net,
     "unlearn": Net,
     "evaluate": Evidence,
-    "registry": Decision,
+    "registry": (Decision, Net, Ranking),
 }
 SCHEMA_OF = {"filter": "verdicts", "condense": "condensed", "generate": "image"}
 
@@ -168,13 +187,13 @@ def test_smallest_run_keeps_the_contract(name: str, tiny: Dataset, monkeypatch: 
     assert as_bytes(first) == as_bytes(run(name, tiny, seed=3)), "the same seed gave another result"
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(("distill.", "unlearn.", "evaluate."))])
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(("distill.", "unlearn.", "evaluate.", "registry."))])
 def test_models_that_come_in_are_left_as_they_were(name: str, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Net, bytes]] = []
     original = small_net
 
-    def remembered(data: Dataset, seed: int) -> Net:
-        net = original(data, seed)
+    def remembered(data: Dataset, seed: int, shift: float = 0.0) -> Net:
+        net = original(data, seed, shift)
         made.append((net, as_bytes(net)))
         return net
 

@@ -13,7 +13,7 @@ from tasks.core.errors import UserError
 from tasks.core.evidence import Evidence
 from tasks.core.method import configured
 from tasks.core.metrics import Figure
-from tasks.registry import Decision
+from tasks.registry import Decision, Offer
 from tasks.registry.gate import Answers, Bounds, Config, gain, gate
 
 LABELS = [0, 1] * 100
@@ -38,7 +38,7 @@ def evidence(
 
 
 def ask(found: Evidence, **rules: dict[str, Any]) -> Decision:
-    return gate(found, Config(rules={metric: Bounds(**bounds) for metric, bounds in rules.items()}))
+    return gate(Offer(evidence=found), Config(rules={metric: Bounds(**bounds) for metric, bounds in rules.items()}))
 
 
 def test_without_a_champion_the_candidate_needs_only_to_be_good_enough() -> None:

@@ -22,7 +22,7 @@ from tasks.core.claim import Beats, Claim, Row
 from tasks.core.errors import UserError
 from tasks.core.evidence import Evidence
 from tasks.core.metrics import Figure
-from tasks.registry import Decision, Rule
+from tasks.registry import Decision, Offer, Rule
 from tasks.registry.gate import Bounds, Config
 
 CLAIM = Claim(
@@ -48,14 +48,15 @@ def measure(method: Callable[..., Decision], seed: int, data: Sequence[Path], sm
     for metric, worse in (("worse promoted", WORSE), ("equal promoted", 0.0)):
         cases = [evidence(*answers(samples, ACCURACY, worse, rng)) for _ in range(trials)]
         for arm, gate in (("gate", method), ("points", switched_off)):
-            promoted = [gate(case, RULES, seed=trial).promote for trial, case in enumerate(cases)]
+            promoted = [gate(Offer(evidence=case), RULES, seed=trial).promote for trial, case in enumerate(cases)]
             rows.append(Row(arm, metric, float(np.mean(promoted))))
     return rows
 
 
-def switched_off(evidence: Evidence, cfg: Config = RULES, *, seed: int = 0) -> Decision:
+def switched_off(offer: Offer, cfg: Config = RULES, *, seed: int = 0, device: str = "cpu") -> Decision:
     """Two figures are compared as they are."""
-    mine, theirs = (evidence.figures[name]["accuracy"].value for name in ("candidate", "champion"))
+    assert offer.evidence is not None
+    mine, theirs = (offer.evidence.figures[name]["accuracy"].value for name in ("candidate", "champion"))
     passed = mine >= theirs - MARGIN
     return Decision(passed, (Rule("accuracy", passed, mine, theirs, mine, mine, ""),))
 
