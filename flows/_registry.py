@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from flows import _promotion
 from flows._session import NeedsRun, session
+from tasks.core import card
 from tasks.core.dataset import read_info
 from tasks.core.errors import UserError
+from tasks.core.page import render_card
 from tasks.core.refs import ModelRef
 from tasks.core.step import Done
 
@@ -42,4 +45,26 @@ def register(name: str, done: Done) -> int:
     assert isinstance(done.ref, ModelRef)
     if here.planning and here.store.version_of(name, done.ref) is None:
         raise NeedsRun(name)
-    return here.store.register(name, done.ref, {"retort.role": done.role, "retort.method": done.method})
+    there = here.store.version_of(name, done.ref)
+    if there is not None:
+        return there
+    inputs = json.loads(here.store.client.get_run(done.ref.run_id).data.tags["retort.inputs"])
+    sources = card.provenance(here.settings, inputs)
+    facts = {
+        "retort.role": done.role,
+        "retort.method": done.method,
+        "retort.licence": "; ".join(dict.fromkeys(s.licence or "not known" for s in sources)) or "not known",
+        "retort.source": "; ".join(dict.fromkeys(s.source or "not known" for s in sources)) or "not known",
+    }
+    version = here.store.register(name, done.ref, facts)
+    describe(name, version)
+    return version
+
+
+def describe(name: str, version: int) -> card.Card:
+    """Write a version's model card as it is known now: its description, and a page beside its weights."""
+    here = session()
+    found = card.gather(here.settings, here.store, name, version)
+    here.store.describe(name, version, card.markdown(found))
+    here.store.log_text(here.store.version_ref(name, version).run_id, f"card-{name}-{version}.html", render_card(found))
+    return found

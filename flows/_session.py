@@ -27,7 +27,11 @@ from tasks.core.store import Store
 R = TypeVar("R")
 SECTIONS = ("pool", "filter", "condense", "generate", "recipe", "train", "distill", "unlearn", "references", "evaluate", "registry")
 MODES = ("off", "dry-run", "enforce")  # what follows from a gate's word
-FLOWS_OWN = {"unlearn": ("demonstration_rows",), "registry": ("mode",)}  # keys of a section that are the flow's, not the method's
+FLOWS_OWN = {
+    "unlearn": ("demonstration_rows",),
+    "evaluate": ("shifts",),
+    "registry": ("mode",),
+}  # keys of a section that are the flow's, not the method's
 
 
 class NeedsRun(Exception):  # noqa: N818 (a signal, not an error)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows._evidence import ABOUT, TEST
 from flows._registry import find_model, model_name
 from flows._session import session, step
 from flows.unlearn import Unlearned
 from tasks.core.errors import UserError
 from tasks.core.refs import EvidenceRef, ModelRef, Ref, data_ref
 from tasks.core.step import Done, Inputs, Plan, read_evidence
-
-TEST = "data/pool:test"
 
 
 @flow(name="evaluate")
@@ -29,6 +28,7 @@ def evaluate(models: dict[str, ModelRef] | None = None, names: tuple[str, ...] =
     """
     here = session()
     method, settings = here.method("evaluate")
+    settings.pop("shifts", None)  # the gate's
     if models is None:
         mine = model_name("")
         names = names or tuple(name for name in here.store.names() if name.startswith(mine))
@@ -59,7 +59,9 @@ def evaluate_forgetting(work: Unlearned) -> Done:
         "retain": work.retain,
         "test": data_ref(here.settings, TEST),
     }
-    done = step(Plan("forgetting", "evaluate.forgetting", {}, inputs, here.seed))
+    assert isinstance(work.chosen.ref, ModelRef)
+    about = {ABOUT: work.chosen.ref.sha256}
+    done = step(Plan("forgetting", "evaluate.forgetting", {}, inputs, here.seed, about))
     assert isinstance(done.ref, EvidenceRef)
     by = read_evidence(here.store, done.ref).figures
     share = work.chosen.seconds / max(work.references["retrain"].seconds, 1e-9)

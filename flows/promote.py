@@ -8,6 +8,7 @@ Started   by `retort run`, `retort promote`, or a schedule
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from datetime import date
 from typing import Any
@@ -15,16 +16,14 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows import _promotion
-from flows._registry import find_model
-from flows._session import NeedsRun, session, step
-from flows.evaluate import TEST
+from flows import _evidence, _promotion
+from flows._registry import describe, find_model
+from flows._session import NeedsRun, session
 from tasks.core import catalog
 from tasks.core.errors import UserError
 from tasks.core.page import render_verdict
-from tasks.core.refs import EvidenceRef, ModelRef, data_ref
-from tasks.core.step import Plan, read_evidence
-from tasks.registry import Offer
+from tasks.core.refs import ModelRef
+from tasks.registry import Decision, Offer, Rule
 
 
 @flow(name="promote")
@@ -46,18 +45,19 @@ def promote(name: str, version: int = 0) -> dict[str, Any]:
         verdict = json.loads(next(v for v in store.versions(name) if int(v.version) == number).tags.get("retort.verdict", "{}"))
         here.record("promote", "registry.gate", True, 0.0, f"{name} version {number} is champion")
         return {"name": name, "version": number, "promoted": True, "verdict": verdict}
-    models: dict[str, ModelRef] = {"candidate": find_model(f"{name}/{number}")}
+    models: dict[str, ModelRef] = {_evidence.CANDIDATE: find_model(f"{name}/{number}")}
+    apart = ""
     if champion is not None:
-        models["champion"] = find_model(f"{name}/{champion}")
-    method, settings = here.method("evaluate")
-    test = data_ref(here.settings, TEST)
-    evidence = step(Plan("gate evidence", method, settings, {"models": models, "test": test}, here.seed))
+        other = find_model(f"{name}/{champion}")
+        apart = _apart(models[_evidence.CANDIDATE], other, champion)
+        if not apart:
+            models[_evidence.CHAMPION] = other
     gate, rules = here.method("registry")
     mode = rules.pop("mode", "enforce")
+    runs = _evidence.gather(models, rules)
     found = next(v for v in store.versions(name) if int(v.version) == number).tags.get("retort.verdict")
     verdict = json.loads(found) if found else {}
-    assert isinstance(evidence.ref, EvidenceRef)
-    basis = {"evidence": evidence.ref.run_id, "gate": gate, "settings": rules, "against": champion, "mode": mode}
+    basis = {"evidence": runs[0], "also": runs[1:], "gate": gate, "settings": rules, "against": champion, "apart": apart, "mode": mode}
     if verdict.get("basis") != basis or (verdict["promote"] and mode != "dry-run"):
         if here.planning:
             raise NeedsRun("promote")
@@ -77,11 +77,14 @@ def decide(name: str, number: int, champion: int | None, basis: dict[str, Any]) 
     """
     here = session()
     store, client, gate = here.store, here.store.client, basis["gate"]
-    evidence = read_evidence(store, EvidenceRef(run_id=basis["evidence"]))
+    evidence = _evidence.read([basis["evidence"], *basis["also"]])
     if basis["mode"] == "off":
         verdict: dict[str, Any] = {"promote": True, "reason": "the gate is off", "rules": [], "basis": basis}
     else:
         decision = catalog.get(gate).entry(Offer(evidence=evidence), catalog.configure(gate, basis["settings"]), seed=here.seed)
+        if basis["apart"]:
+            unlike = Rule("what the champion knows", False, math.nan, None, math.nan, math.nan, basis["apart"])
+            decision = Decision(False, (unlike, *decision.rules))
         rules = [asdict(rule) for rule in decision.rules]
         verdict = {"promote": decision.promote, "reason": decision.reason, "rules": rules, "basis": basis}
     verdict["data"] = evidence.data
@@ -95,10 +98,28 @@ def decide(name: str, number: int, champion: int | None, basis: dict[str, Any]) 
         return verdict
     if verdict["promote"]:
         _promotion.move(here.settings, store, name, number, champion, "promoting", verdict["reason"])
+        describe(name, number)
     else:
         refused = {"name": name, "version": number, "champion": champion, "reason": verdict["reason"]}
         _promotion.journal_of(here.settings).append("refused", **refused)
+        describe(name, number)
     return verdict
+
+
+def _apart(candidate: ModelRef, champion: ModelRef, number: int) -> str:
+    """Why the two cannot be held against each other; empty where they can."""
+    mine, theirs = (session().store.arch(ref) for ref in (candidate, champion))
+    for what, key in (("classes", "class_names"), ("images of shape", "shape")):
+        if mine[key] != theirs[key]:
+            return (
+                f"it knows other {what} than champion version {number} ({_short(mine[key])} against {_short(theirs[key])}): "
+                "no paired comparison can be made; register it under a name of its own, or set registry.mode to off for one promotion"
+            )
+    return ""
+
+
+def _short(values: list[Any]) -> str:
+    return ", ".join(map(str, values[:4])) + (f" and {len(values) - 4} more" if len(values) > 4 else "")
 
 
 def _missing(name: str) -> Any:

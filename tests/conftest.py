@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +69,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     (folder / "first-run.txt").write_text(ran.stdout)
     return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished project, free to be broken. MLflow's absolute paths are moved along."""
+    target = tmp_path / "project"
+    shutil.copytree(finished, target, symlinks=True)
+    with sqlite3.connect(target / ".retort" / "mlflow.db") as database:
+        old, new = str(finished), str(target)
+        for table, column in (
+            ("experiments", "artifact_location"),
+            ("runs", "artifact_uri"),
+            ("logged_models", "artifact_location"),
+            ("model_versions", "storage_location"),
+        ):
+            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (old, new))
+    return target
 
 
 @pytest.fixture(scope="session")

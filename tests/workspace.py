@@ -55,6 +55,13 @@ def write_params(folder: Path, params: dict[str, Any]) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
 
+def change(folder: Path, section: str, **keys: object) -> None:
+    """Set keys of a section of the project's params.yaml."""
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params[section].update(keys)
+    write_params(folder, params)
+
+
 def environment() -> dict[str, str]:
     """The environment of a fresh shell: nothing that this process set for its own project."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PREFECT_", "DVC_", "RETORT_PROGRESS"))}

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from tasks.core import page_charts as charts
 from tasks.core import page_graph
+from tasks.core.card import BEWARE, WORDS, Card, write
 from tasks.core.errors import without_secrets
 from tasks.core.metrics import Figure
 
@@ -204,6 +205,18 @@ def render_verdict(name: str, version: int, found: Mapping[str, Any], data: Mapp
     decision = {"name": name, "version": version, "promoted": found["promote"], "verdict": found}
     text: str = env.get_template("page_verdict.html.j2").render(
         name=name, version=version, verdicts=[verdict(decision)], promote=found["promote"], basis=found["basis"], data=data, made_at=made_at
+    )
+    return text
+
+
+def render_card(card: Card) -> str:
+    """A model card as a page."""
+    env = environment()
+    env.filters.update(number=plain_number, unbroken=unbroken, sentence=sentence)
+    decision = {"name": card.name, "version": card.version, "promoted": card.verdict.get("promote", False), "verdict": card.verdict}
+    figures = [(WORDS.get(metric, metric.replace("_", " ")), write(metric, figure)) for metric, figure in card.figures.items()]
+    text: str = env.get_template("page_card.html.j2").render(
+        card=card, figures=figures, beware=BEWARE, verdicts=[verdict(decision)] if card.verdict else []
     )
     return text
 

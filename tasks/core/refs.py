@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tasks.core import files
-from tasks.core.dataset import SPLITS, Dataset, read_info
+from tasks.core.dataset import SPLITS, Dataset, Info, read_info
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings
 
@@ -96,6 +96,18 @@ def open_data(settings: Settings, *refs: DataRef) -> Dataset:
     for more in parts[1:]:
         whole = whole + more
     return whole
+
+
+def info_of(settings: Settings, ref: DataRef) -> Info:
+    """The facts of a data folder; of one that was made from the pool and names no licence, those of the pool.
+
+    Raises UserError where that version cannot be had.
+    """
+    folder = _folder_of(settings, ref)
+    info, pool = read_info(folder), settings.root / "data" / "pool"
+    if of := rows_of(folder):
+        info = read_info((folder / of).resolve())
+    return info if info.licence or not (pool / "dataset.json").exists() else read_info(pool)
 
 
 def request_ids(settings: Settings, request: str) -> list[str]:

@@ -28,16 +28,18 @@ from tasks.core.settings import Settings
 EXPERIMENT = "retort"
 
 
+QUIET = {
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "DO_NOT_TRACK": "true",
+}
+
+
 def environment(settings: Settings) -> dict[str, str]:
     """The environment that MLflow must run in: no pickle, no telemetry, no progress bars."""
-    return {
-        "MLFLOW_TRACKING_URI": settings.tracking_uri,
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_LOGGING_LEVEL": "ERROR",
-        "DO_NOT_TRACK": "true",
-    }
+    return {"MLFLOW_TRACKING_URI": settings.tracking_uri, **QUIET}
 
 
 class Store:
@@ -65,6 +67,12 @@ class Store:
             return None
         result: dict[str, Any] = json.loads(runs[0].data.tags["retort.result"])
         return {**result, "run_id": runs[0].info.run_id}
+
+    def newest_run(self, tags: Mapping[str, str], *, like: bool = False) -> str | None:
+        """The id of the last run that ended well and has these tags, or with `like` tags of these patterns (SQL's, with %); or None."""
+        wanted = " and ".join(f"tags.`{name}` {'LIKE' if like else '='} '{value}'" for name, value in tags.items())
+        found = self.client.search_runs([self.experiment()], f"{wanted} and attributes.status = 'FINISHED'", max_results=1)
+        return found[0].info.run_id if found else None
 
     def start(self, key: str, name: str, *, params: Mapping[str, Any], tags: Mapping[str, str], inputs: Sequence[DataRef]) -> str:
         """Begin a step's run and give its id."""
@@ -185,17 +193,26 @@ class Store:
             return False
         return place.scheme != "file" or Path(url2pathname(place.path), "artifacts", "weights.safetensors").is_file()
 
+    def arch(self, ref: ModelRef) -> dict[str, Any]:
+        """The description of a model's network, `class_names` included. Raises UserError where its files are gone."""
+        found: dict[str, Any] = json.loads((self._files(ref) / "arch.json").read_text(encoding="utf-8"))
+        return found
+
+    def _files(self, ref: ModelRef) -> Path:
+        import mlflow
+
+        try:
+            return Path(mlflow.artifacts.download_artifacts(ref.uri)) / "artifacts"
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            raise UserError(f"model {ref.model_id} cannot be loaded: {error}") from None
+
     def load_net(self, ref: ModelRef) -> Any:
         """Load a model back as a trainable network. Raises UserError where its weights are gone or are not those that were stored."""
-        import mlflow
         from safetensors.torch import load_file
 
         from tasks.core import networks
 
-        try:
-            folder = Path(mlflow.artifacts.download_artifacts(ref.uri)) / "artifacts"
-        except (mlflow.exceptions.MlflowException, OSError) as error:
-            raise UserError(f"model {ref.model_id} cannot be loaded: {error}") from None
+        folder = self._files(ref)
         weights = folder / "weights.safetensors"
         if not weights.is_file() or _sha256(weights) != ref.sha256:
             raise UserError(f"the weights of model {ref.model_id} are not those that were registered; restore {weights}, or retrain")
@@ -216,6 +233,10 @@ class Store:
         stamped = {"retort.model": ref.model_id, "retort.run": ref.run_id, "retort.sha256": ref.sha256, **tags}
         made = self.client.create_model_version(name, source=ref.uri, run_id=ref.run_id, tags=stamped, model_id=ref.model_id)
         return int(made.version)
+
+    def describe(self, name: str, version: int, text: str) -> None:
+        """Set a version's description, which MLflow's page shows as Markdown."""
+        self.client.update_model_version(name, str(version), description=text)
 
     def version_of(self, name: str, ref: ModelRef) -> int | None:
         """The version of `name` that holds this model, or None."""
@@ -259,8 +280,8 @@ class Store:
 
     @property
     def embedded(self) -> bool:
-        """Whether the store is this project's own database, and not a server's."""
-        return self.settings.tracking_uri.startswith("sqlite")
+        """Whether the registry is this project's own, also behind the server of `retort up`, and not one that others share."""
+        return self.settings.owns_store
 
     def smoke_check(self, name: str, alias: str) -> None:
         """Load a version through the registry as any client would and have it answer two images of noise.
@@ -299,8 +320,8 @@ class Store:
         """The id of an experiment whose artifacts lie in the project, made on first use."""
         if name not in self._experiments:
             found = self.client.get_experiment_by_name(name)
-            local = self.settings.tracking_uri.startswith("sqlite")
-            place = self.settings.artifacts.as_uri() + f"/{name}" if local else None
+            root = self.settings.artifact_root
+            place = f"{root}/{name}" if root else None
             self._experiments[name] = found.experiment_id if found else self.client.create_experiment(name, artifact_location=place)
         return self._experiments[name]
 

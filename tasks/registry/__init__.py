@@ -49,7 +49,9 @@ class Decision:
 
     @property
     def reason(self) -> str:
-        return "; ".join(rule.reason for rule in self.rules)
+        """What was not met; where all was met, what was."""
+        missed = [rule.reason for rule in self.rules if not rule.passed]
+        return "; ".join(missed or [rule.reason for rule in self.rules])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -14,32 +13,10 @@ import pytest
 import yaml
 
 from tests import workspace
+from tests.workspace import change
 
 pytestmark = pytest.mark.timeout(400)
 STEPS = ("pool", "filter", "condense", "generate", "train", "distill", "unlearn", "evaluate", "promote", "report")
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished project, free to be broken. MLflow's absolute paths are moved along."""
-    target = tmp_path / "project"
-    shutil.copytree(finished, target, symlinks=True)
-    with sqlite3.connect(target / ".retort" / "mlflow.db") as database:
-        old, new = str(finished), str(target)
-        for table, column in (
-            ("experiments", "artifact_location"),
-            ("runs", "artifact_uri"),
-            ("logged_models", "artifact_location"),
-            ("model_versions", "storage_location"),
-        ):
-            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (old, new))
-    return target
-
-
-def change(folder: Path, section: str, **keys: object) -> None:
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    params[section].update(keys)
-    workspace.write_params(folder, params)
 
 
 def test_the_table_names_every_stage_and_nothing_else_is_on_the_screen(finished: Path) -> None:

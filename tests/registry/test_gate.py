@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,38 @@ def test_other_samples_cannot_be_compared() -> None:
         ask(evidence({"candidate": 0.9, "champion": 0.9}, ids=other), accuracy={"min_delta": 0})
 
 
+def test_accuracy_under_shifts_is_paired_where_it_was_measured() -> None:
+    found = evidence({"candidate": 0.9, "champion": 0.9}, shifted_accuracy={"candidate": 0.8, "champion": 0.7})
+    unmeasured = ask(found, shifted_accuracy={"min_delta": 0})
+    assert not unmeasured.promote
+    assert found.per_sample is not None
+    shifted = pa.array([0.8] * 200 + [0.7] * 200)
+    rows = replace(found, per_sample=found.per_sample.append_column("shifted", shifted))
+    assert ask(rows, shifted_accuracy={"min_delta": 0.09}).promote
+    assert not ask(rows, shifted_accuracy={"min_delta": 0.11}).promote
+
+
+@pytest.mark.parametrize(("low", "passed"), [(-0.01, True), (-0.02, True), (-0.03, False), (math.nan, False)])
+def test_embeddings_must_serve_the_champions_gallery_by_the_low_end_of_the_interval(low: float, passed: bool) -> None:
+    found = evidence({"candidate": 0.9, "champion": 0.9})
+    found.figures["candidate"]["compatibility"] = Figure(0.0, low, 0.02)
+    rules = {"accuracy": Bounds(min=0.5)}
+    assert gate(Offer(evidence=found), Config(rules=rules, compatible_with="champion")).promote == passed
+    assert gate(Offer(evidence=found), Config(rules=rules)).promote
+
+
+def test_compatibility_that_was_not_measured_is_not_met_and_without_a_champion_not_asked_for() -> None:
+    cfg = Config(rules={"accuracy": Bounds(min=0.5)}, compatible_with="champion")
+    refused = gate(Offer(evidence=evidence({"candidate": 0.9, "champion": 0.9})), cfg)
+    assert refused.reason.endswith("embedding compatibility with the champion was not measured")
+    assert gate(Offer(evidence=evidence({"candidate": 0.9})), cfg).promote
+
+
+def test_a_gate_without_evidence_says_what_to_do() -> None:
+    with pytest.raises(UserError, match="needs evidence on the candidate; evaluate it first"):
+        gate(Offer())
+
+
 def test_every_rule_is_in_the_verdict_with_both_figures() -> None:
     found = ask(evidence({"candidate": 0.8, "champion": 0.9}), accuracy={"min": 0.5, "min_delta": -0.02, "max_ratio": 2})
     assert [(rule.rule, rule.passed) for rule in found.rules] == [
@@ -124,7 +157,10 @@ def test_every_rule_is_in_the_verdict_with_both_figures() -> None:
     ("rules", "message"),
     [
         ({"accuracy": {}}, "a rule needs min, max, min_delta or max_ratio"),
-        ({"nll": {"min_delta": 0}}, "cannot be paired sample by sample: that takes accuracy, worst_class_accuracy, ece; use max_ratio"),
+        (
+            {"nll": {"min_delta": 0}},
+            "cannot be paired sample by sample: that takes accuracy, worst_class_accuracy, ece, shifted_accuracy; use max_ratio",
+        ),
         ({"accuracy": {"minimum": 1}}, "no setting 'rules.accuracy.minimum'"),
         ({}, "at least 1"),
     ],
