@@ -11,14 +11,29 @@ from tasks.core import card
 from tasks.core.dataset import read_info
 from tasks.core.errors import UserError
 from tasks.core.page import render_card
-from tasks.core.refs import ModelRef
+from tasks.core.refs import EvidenceRef, ModelRef
 from tasks.core.step import Done
+from tasks.core.store import Store
 
 
 def model_name(role: str) -> str:
     """The registered model of a role: `<data set>-<role>`."""
     name = read_info(session().settings.root / "data" / "pool").name
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-') or 'pool'}-{role}"
+
+
+def run_of(done: Done) -> str:
+    """The run of MLflow that holds a step's result."""
+    assert isinstance(done.ref, ModelRef | EvidenceRef)
+    return done.ref.run_id
+
+
+def version_of(name: str, done: Done) -> int:
+    """The version of a registered model that holds a step's result."""
+    assert isinstance(done.ref, ModelRef)
+    version = session().store.version_of(name, done.ref)
+    assert version is not None
+    return version
 
 
 def find_model(spec: str) -> ModelRef:
@@ -48,17 +63,30 @@ def register(name: str, done: Done) -> int:
     there = here.store.version_of(name, done.ref)
     if there is not None:
         return there
-    inputs = json.loads(here.store.client.get_run(done.ref.run_id).data.tags["retort.inputs"])
+    tags = here.store.client.get_run(done.ref.run_id).data.tags
+    inputs = json.loads(tags["retort.inputs"])
     sources = card.provenance(here.settings, inputs)
     facts = {
         "retort.role": done.role,
         "retort.method": done.method,
         "retort.licence": "; ".join(dict.fromkeys(s.licence or "not known" for s in sources)) or "not known",
+        "retort.start": started_from(here.store, done.ref),
+        "retort.flow_run": tags.get("retort.flow_run", ""),
         "retort.source": "; ".join(dict.fromkeys(s.source or "not known" for s in sources)) or "not known",
     }
     version = here.store.register(name, done.ref, facts)
     describe(name, version)
     return version
+
+
+def started_from(store: Store, ref: ModelRef) -> str:
+    """The model that this one was fine-tuned from, and that one from, back to the first: what versions that may be mixed have in common."""
+    tags = store.client.get_run(ref.run_id).data.tags
+    inputs = json.loads(tags.get("retort.inputs", "{}"))
+    before = inputs.get("start") or (inputs.get("model") if tags.get("retort.method", "").startswith("unlearn.") else None)
+    if before is None or tags.get("retort.method") == "unlearn.retrain":
+        return ref.sha256
+    return started_from(store, ModelRef(**{key: value for key, value in before.items() if key != "kind"}))
 
 
 def describe(name: str, version: int) -> card.Card:

@@ -9,29 +9,42 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from prefect import Flow, task
 from prefect.cache_policies import NO_CACHE
+from pydantic import Field
 
+from flows import _dvc, _promotion, _server
 from flows._dvc import StageRun
-from tasks.core import catalog, stage
+from flows._runs import STEP_SECONDS, WAIT_SECONDS, can_pass, flow_run_page
+from tasks.core import catalog, files, stage
 from tasks.core.errors import UserError
+from tasks.core.method import MethodConfig, configured
+from tasks.core.saga import project_lock
 from tasks.core.settings import Settings, project, read_params
 from tasks.core.step import Done, Plan, find, run
 from tasks.core.store import Store
 
 R = TypeVar("R")
 SECTIONS = ("pool", "filter", "condense", "generate", "recipe", "train", "distill", "unlearn", "references", "evaluate", "registry")
+OPTIONAL = ("seed", "combine", "keep")
 MODES = ("off", "dry-run", "enforce")  # what follows from a gate's word
 FLOWS_OWN = {
     "unlearn": ("demonstration_rows",),
     "evaluate": ("shifts",),
     "registry": ("mode",),
 }  # keys of a section that are the flow's, not the method's
+
+
+class Keep(MethodConfig):
+    """Bounds of caches and logs."""
+
+    cache_gb: float = Field(20, gt=0, description="gigabytes of decoded images, and as many of older data versions")
+    days: float = Field(90, gt=0, description="days that logs, and what a cache has not been asked for, are kept")
 
 
 class NeedsRun(Exception):  # noqa: N818 (a signal, not an error)
@@ -47,14 +60,16 @@ class Row:
     cached: bool
     seconds: float
     figure: str
+    run_id: str = ""  # of MLflow
 
 
 @dataclass
 class Session:
-    """The state of one run in one process."""
+    """The state of one run in one process. `served`: a server that stays started it, or will hear of it."""
 
     settings: Settings
     planning: bool = False
+    served: bool = False
     rows: list[Row] = field(default_factory=list)
     aside: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
     opening: Future[Store] | None = None  # the store, while another thread makes it
@@ -94,10 +109,11 @@ class Session:
         for section in SECTIONS:
             self.params(section)
         for section in read_params(self.settings):
-            if section not in (*SECTIONS, "seed"):
-                raise UserError(f"{self.settings.params}: there is no section {section!r}; valid: seed, {', '.join(SECTIONS)}")
+            if section not in (*SECTIONS, *OPTIONAL):
+                raise UserError(f"{self.settings.params}: there is no section {section!r}; valid: {', '.join((*OPTIONAL, *SECTIONS))}")
         for family in catalog.families():
             self.method(family)
+        assert self.keep
         mode = self.params("registry").get("mode", "enforce")
         if mode not in MODES:
             raise UserError(f"{self.settings.params}: 'registry.mode' must be one of {', '.join(MODES)}, not {mode!r}")
@@ -116,25 +132,50 @@ class Session:
         catalog.configure("unlearn.finetune", self.params("references").get("finetune", {}))
 
     @property
+    def keep(self) -> Keep:
+        """How much of what can be made again is kept, and for how long."""
+        return configured(Keep, "keep", read_params(self.settings).get("keep") or {})
+
+    @property
     def seed(self) -> int:
         return stage.seed(self.settings)
 
-    def record(self, stage: str, method: str, cached: bool, seconds: float, figure: str) -> None:
+    def record(self, stage: str, method: str, cached: bool, seconds: float, figure: str, run_id: str = "") -> None:
         """Add a line to the closing table."""
-        self.rows.append(Row(stage, method, cached, seconds, figure))
+        self.rows.append(Row(stage, method, cached, seconds, figure, run_id))
 
 
 _current: Session | None = None
 
 
+_held = ExitStack()  # until the process ends
+
+
 def session() -> Session:
-    """The session of this process; a flow that a server or a shell starts alone gets one of its own."""
+    """The session of this process. A flow that a server starts gets one of its own: it waits for the project, holds it to the end of the
+    process, and first cleans up after a run that was cut off, as the commands do.
+    """
     global _current
     if _current is None:
         here = project()
         here.logs.mkdir(parents=True, exist_ok=True)
-        _current = Session(here, log=here.logs / "flows.log")
+        _held.enter_context(project_lock(here, wait=WAIT_SECONDS))
+        _server.reap(here)
+        _dvc.mend(here)
+        _current = Session(here, served=True, log=here.logs / "flows.log")
+        _current.check()
+        open_store(_current)
     return _current
+
+
+def open_store(here: Session) -> Store:
+    """The session's store, once what a run that was cut off has left is cleared away."""
+    here.store.sweep()
+    _promotion.settle(here.settings, here.store)
+    for cache in (here.settings.cache / "decoded", here.settings.cache / "versions"):
+        files.bound(cache, most_bytes=here.keep.cache_gb * 1e9, days=here.keep.days)
+    files.bound(here.settings.logs, most_bytes=1e9, days=here.keep.days)
+    return here.store
 
 
 @contextmanager
@@ -175,7 +216,17 @@ def tell(**event: Any) -> None:
         out.write(json.dumps(event) + "\n")
 
 
-@task(name="step", task_run_name="{plan.role}: {plan.method}", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="step",
+    task_run_name="{plan.role}: {plan.method}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=2,
+    retry_delay_seconds=[5, 60],
+    retry_condition_fn=can_pass,
+    timeout_seconds=STEP_SECONDS,
+)
 def _step(plan: Plan) -> Done:
     here = session()
-    return run(here.settings, here.store, plan)
+    page = flow_run_page(here.served)
+    return run(here.settings, here.store, replace(plan, extra={**plan.extra, **({"retort.flow_run": page} if page else {})}))

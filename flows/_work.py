@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows import _dvc, _promotion, _server
+from flows import _dvc, _server
 from flows._screen import watching
-from flows._session import NeedsRun, Session, use
+from flows._session import NeedsRun, Session, open_store, use
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings
 from tasks.core.step import preload
@@ -32,12 +33,13 @@ def work(
         _server.reap(settings)
         _dvc.mend(settings)
         flow = load()
+        served = bool(os.environ.get("PREFECT_API_URL"))  # before a server of this run alone is named there
         here = Session(settings, planning=True, log=log)
         here.check()
         result, ran = _plan(here, flow, arguments), False
         if result is None:
             ran = True
-            here = Session(settings, log=log)
+            here = Session(settings, served=served, log=log)
             result = _do(here, console, flow, arguments)
         _close(here, console, result, ran, time.monotonic() - began, summary)
         status = 0
@@ -76,7 +78,7 @@ def _do(here: Session, console: Console, flow: Any, arguments: dict[str, Any]) -
         try:
             server.ready(here.early)
             here.check_settings()
-            here.opening = here.aside.submit(_open_store, settings)
+            here.opening = here.aside.submit(_opened, settings)
             with use(here), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
                 result = flow(**arguments)
         except BaseException:  # an interrupt too: what runs aside would otherwise be waited for to its end
@@ -87,11 +89,9 @@ def _do(here: Session, console: Console, flow: Any, arguments: dict[str, Any]) -
         return result
 
 
-def _open_store(settings: Settings) -> Store:
+def _opened(settings: Settings) -> Store:
     """Open the store, clean up after a run that was cut off, and import what the first step will need."""
-    store = Store(settings)
-    store.sweep()
-    _promotion.settle(settings, store)
+    store = open_store(Session(settings))
     preload()
     return store
 

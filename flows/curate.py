@@ -11,27 +11,45 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import _dvc
+from flows._runs import DATA_CHANGED, STEP_SECONDS, alone, emit, shown
 from flows._session import NeedsRun, session
+from flows._types import Stages
+from tasks.core import files
+from tasks.core.settings import Settings
+
+FOLDERS = ("data/pool", "data/filtered", "data/condensed", "data/generated")
 
 
 @flow(name="curate")
-def curate(targets: tuple[str, ...] = ()) -> None:
+def curate(targets: Stages = ()) -> bool:
     """Run the stages, or those that the targets need, whose inputs, code or settings have changed.
 
     targets  names of stages in dvc.yaml; none: all
+    Gives whether any stage ran.
     """
     here = session()
     if here.planning and (_dvc.source_changed(here.settings) or not _dvc.clean(here.settings, targets)):
         raise NeedsRun("curate")
+    before = versions(here.settings)
     runs = [_dvc.StageRun(stage, False, 0.0, _dvc.figures(here.settings, stage)) for stage in _dvc.STAGES]
-    if not here.planning:
-        runs = repro(targets)
-    for run in runs:
-        method = here.params(run.stage).get("method") or here.params(run.stage).get("source", "")
-        here.record(run.stage, str(method), not run.ran, run.seconds, headline(run.stage, run.figures))
+    with shown(here, 1):
+        if not here.planning:
+            runs = repro(targets)
+        for run in runs:
+            method = here.params(run.stage).get("method") or here.params(run.stage).get("source", "")
+            here.record(run.stage, str(method), not run.ran, run.seconds, headline(run.stage, run.figures))
+    changed = {path: md5 for path, md5 in versions(here.settings).items() if before.get(path) != md5}
+    if changed and alone():
+        emit(here, DATA_CHANGED, "data", **changed)
+    return bool(changed)
 
 
-@task(name="dvc repro", cache_policy=NO_CACHE, persist_result=False)
+def versions(settings: Settings) -> dict[str, str]:
+    """The data folders that there are, with the md5 that DVC gives each."""
+    return {path: files.folder_md5(settings.root / path) for path in FOLDERS if (settings.root / path / "dataset.json").exists()}
+
+
+@task(name="dvc repro", cache_policy=NO_CACHE, persist_result=False, timeout_seconds=STEP_SECONDS)
 def repro(targets: tuple[str, ...]) -> list[_dvc.StageRun]:
     """One `dvc repro` for all the stages: DVC knows what must run."""
     here = session()

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows._registry import find_model, model_name, register
+from flows._registry import find_model, model_name, register, run_of
+from flows._runs import TRAINED, alone, emit, one_at_a_time, shown
 from flows._session import session, step
+from flows._types import Folder, Model
 from tasks.core.refs import data_ref
 from tasks.core.step import Done, Inputs, Plan
 
@@ -19,21 +21,26 @@ TRUSTED = "data/pool:reference"
 
 
 @flow(name="distill")
-def distill(teacher: str = "", data: str = "data/filtered") -> Done:
+def distill(teacher: Model = "", data: Folder = "data/filtered") -> Done:
     """Distill with the method that params.yaml names.
 
     teacher  `NAME@alias` or `NAME/version`; none: the newest version of the project's teacher
     data     a folder of verdicts: its kept rows are the labelled images, its rejected rows the unlabelled ones
     """
     here = session()
-    method, settings = here.method("distill")
-    kept = data_ref(here.settings, data)
-    unlabelled = data_ref(here.settings, data, kept=False, labelled=False, apart_from=("validation", "test"))
-    trusted = data_ref(here.settings, TRUSTED)
-    inputs: Inputs = {"teachers": (find_model(teacher or model_name("teacher")),), "data": (kept, trusted, unlabelled)}
-    done = step(Plan("student", method, settings, inputs, here.seed))
-    version = register(model_name("student"), done)
-    here.record("distill", method, done.cached, done.seconds, f"version {version}, {done.figures['parameters']:,.0f} parameters")
+    name = model_name("student")
+    with one_at_a_time(here, name), shown(here, 1):
+        method, settings = here.method("distill")
+        kept = data_ref(here.settings, data)
+        unlabelled = data_ref(here.settings, data, kept=False, labelled=False, apart_from=("validation", "test"))
+        trusted = data_ref(here.settings, TRUSTED)
+        inputs: Inputs = {"teachers": (find_model(teacher or model_name("teacher")),), "data": (kept, trusted, unlabelled)}
+        done = step(Plan("student", method, settings, inputs, here.seed))
+        version = register(name, done)
+        words = f"version {version}, {done.figures['parameters']:,.0f} parameters"
+        here.record("distill", method, done.cached, done.seconds, words, run_of(done))
+        if not done.cached and alone():
+            emit(here, TRAINED, f"model.{name}", name=name, version=version)
     return done
 
 

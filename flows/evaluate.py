@@ -10,8 +10,10 @@ from __future__ import annotations
 from prefect import flow
 
 from flows._evidence import ABOUT, TEST
-from flows._registry import find_model, model_name
+from flows._registry import find_model, model_name, run_of
+from flows._runs import shown
 from flows._session import session, step
+from flows._types import Folder, Models, Name, Version
 from flows.unlearn import Unlearned
 from tasks.core.errors import UserError
 from tasks.core.refs import EvidenceRef, ModelRef, Ref, data_ref
@@ -19,7 +21,7 @@ from tasks.core.step import Done, Inputs, Plan, read_evidence
 
 
 @flow(name="evaluate")
-def evaluate(models: dict[str, ModelRef] | None = None, names: tuple[str, ...] = (), data: str = TEST) -> Done:
+def evaluate(models: dict[str, ModelRef] | None = None, names: Models = (), data: Folder = TEST) -> Done:
     """Measure quality, calibration, latency and size on the test rows.
 
     models  references by the name that the evidence shall use
@@ -36,11 +38,22 @@ def evaluate(models: dict[str, ModelRef] | None = None, names: tuple[str, ...] =
             raise UserError("there is no registered model to evaluate: make one with 'retort run' or 'retort train'")
         models = {name: find_model(name) for name in names}
     test = data_ref(here.settings, data)
-    done = step(Plan("evidence", method, settings, {"models": models, "test": test}, here.seed))
-    assert isinstance(done.ref, EvidenceRef)
-    figures = read_evidence(here.store, done.ref).figures
-    best = ", ".join(f"{name} {by['accuracy'].value:.1%}" for name, by in figures.items())
-    here.record("evaluate", method, done.cached, done.seconds, best)
+    with shown(here, 1):
+        done = step(Plan("evidence", method, settings, {"models": models, "test": test}, here.seed))
+        assert isinstance(done.ref, EvidenceRef)
+        figures = read_evidence(here.store, done.ref).figures
+        best = ", ".join(f"{name} {by['accuracy'].value:.1%}" for name, by in figures.items())
+        here.record("evaluate", method, done.cached, done.seconds, best, run_of(done))
+    return done
+
+
+@flow(name="evaluate new")
+def evaluate_new(name: Name, version: Version = 0) -> Done:
+    """Measure one version, as an automation asks for it after a training.
+
+    name, version  of the registry; version 0: the newest
+    """
+    done: Done = evaluate(names=(f"{name}/{version}" if version else name,))
     return done
 
 
@@ -68,7 +81,7 @@ def evaluate_forgetting(work: Unlearned) -> Done:
     words = (
         f"gap to retrain {by['unlearned']['avg_gap'].value:.1f} (original {by['original']['avg_gap'].value:.1f}), {share:.0%} of its time"
     )
-    here.record("evaluate", "evaluate.forgetting", done.cached, done.seconds, words)
+    here.record("evaluate", "evaluate.forgetting", done.cached, done.seconds, words, run_of(done))
     return done
 
 

@@ -7,9 +7,12 @@ Started   by `retort run`, or a schedule
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect import flow
 
-from flows._registry import model_name
+from flows._registry import model_name, version_of
+from flows._runs import shown
 from flows._session import call, session
 from flows.curate import curate
 from flows.distill import distill
@@ -18,32 +21,28 @@ from flows.promote import promote
 from flows.report import report
 from flows.train import train
 from flows.unlearn import unlearn
-from tasks.core.refs import ModelRef
 
 
 @flow(name="lifecycle")
 def lifecycle() -> str:
     """Curate, train, distill, unlearn, evaluate, promote, report. Gives the path of the report."""
-    call(curate)
-    teacher = call(train)
-    name = model_name("teacher")
-    student = call(distill, teacher=f"{name}/{_version(name, teacher.ref)}")
-    work = call(unlearn, model=f"{name}/{_version(name, teacher.ref)}")
-    models = {"teacher": teacher.ref, "student": student.ref, "unlearned": work.chosen.ref}
-    evidence = call(evaluate, models=models)
-    forgetting = call(evaluate_forgetting, work)
-    decisions = [
-        call(promote, model_name("student"), _version(model_name("student"), student.ref)),
-        call(promote, name, _version(name, work.chosen.ref)),
-    ]
-    return call(report, evidence, forgetting, decisions)
+    with shown(session(), 9) as count:
 
+        def do(flow: Any, *args: Any, **kwargs: Any) -> Any:
+            made = call(flow, *args, **kwargs)
+            count()
+            return made
 
-def _version(name: str, ref: object) -> int:
-    assert isinstance(ref, ModelRef)
-    version = session().store.version_of(name, ref)
-    assert version is not None
-    return version
+        do(curate)
+        teacher = do(train)
+        name, small = model_name("teacher"), model_name("student")
+        student = do(distill, teacher=f"{name}/{version_of(name, teacher)}")
+        work = do(unlearn, model=f"{name}/{version_of(name, teacher)}")
+        models = {"teacher": teacher.ref, "student": student.ref, "unlearned": work.chosen.ref}
+        evidence = do(evaluate, models=models)
+        forgetting = do(evaluate_forgetting, work)
+        decisions = [do(promote, small, version_of(small, student)), do(promote, name, version_of(name, work.chosen))]
+        return str(do(report, evidence, forgetting, decisions))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import _evidence, _promotion
 from flows._registry import describe, find_model
+from flows._runs import HOUR, PROMOTED, REFUSED, emit, one_at_a_time, shown
 from flows._session import NeedsRun, session
+from flows._types import Name, Version
 from tasks.core import catalog
 from tasks.core.errors import UserError
 from tasks.core.page import render_verdict
@@ -27,12 +29,19 @@ from tasks.registry import Decision, Offer, Rule
 
 
 @flow(name="promote")
-def promote(name: str, version: int = 0) -> dict[str, Any]:
+def promote(name: Name, version: Version = 0) -> dict[str, Any]:
     """Offer a version of a registered model for promotion.
 
     name     registered model
     version  its version; 0: the newest
     """
+    here = session()
+    with one_at_a_time(here, name), shown(here, 1):
+        return offer(name, version)
+
+
+def offer(name: str, version: int) -> dict[str, Any]:
+    """Measure what the gate asks for, have it decide, and say what came of it."""
     here = session()
     store = here.store
     known = [int(found.version) for found in store.versions(name)] or _missing(name)
@@ -65,11 +74,13 @@ def promote(name: str, version: int = 0) -> dict[str, Any]:
     promoted = verdict["promote"] and mode != "dry-run"
     would = "would be " if mode == "dry-run" else ""
     outcome = ("is champion" if promoted else "would be champion") if verdict["promote"] else f"{would}refused: {verdict['reason']}"
-    here.record("promote", gate, False, 0.0, f"{name} version {number} {outcome}")
+    here.record("promote", gate, False, 0.0, f"{name} version {number} {outcome}", runs[0])
     return {"name": name, "version": number, "promoted": promoted, "verdict": verdict}
 
 
-@task(name="registry.gate", task_run_name="gate: {name} version {number}", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="registry.gate", task_run_name="gate: {name} version {number}", cache_policy=NO_CACHE, persist_result=False, timeout_seconds=HOUR
+)
 def decide(name: str, number: int, champion: int | None, basis: dict[str, Any]) -> dict[str, Any]:
     """Apply the gate, store the verdict, then move the alias.
 
@@ -99,10 +110,12 @@ def decide(name: str, number: int, champion: int | None, basis: dict[str, Any]) 
     if verdict["promote"]:
         _promotion.move(here.settings, store, name, number, champion, "promoting", verdict["reason"])
         describe(name, number)
+        emit(here, PROMOTED, f"model.{name}", name=name, version=number, reason=verdict["reason"])
     else:
         refused = {"name": name, "version": number, "champion": champion, "reason": verdict["reason"]}
         _promotion.journal_of(here.settings).append("refused", **refused)
         describe(name, number)
+        emit(here, REFUSED, f"model.{name}", name=name, version=number, reason=verdict["reason"])
     return verdict
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from prefect import flow
 
-from flows._registry import find_model, model_name, register
+from flows._registry import find_model, model_name, register, run_of
+from flows._runs import one_at_a_time, shown
 from flows._session import session, step
+from flows._types import Folders, Model, Request
 from flows.train import DATA
 from tasks.core.errors import UserError
 from tasks.core.refs import DataRef, ModelRef, data_ref, open_data, write_request
@@ -34,7 +36,7 @@ class Unlearned:
 
 
 @flow(name="unlearn")
-def unlearn(request: str = DEMONSTRATION, model: str = "", data: tuple[str, ...] = DATA) -> Unlearned:
+def unlearn(request: Request = DEMONSTRATION, model: Model = "", data: Folders = DATA) -> Unlearned:
     """Unlearn with the method that params.yaml names; `retrain` and `finetune` run beside it as references.
 
     request  id of a stored request, or `demonstration`: some training rows drawn by the seed
@@ -57,15 +59,17 @@ def unlearn(request: str = DEMONSTRATION, model: str = "", data: tuple[str, ...]
 
     def do(role: str, name: str, given: dict[str, object]) -> Done:
         done = step(Plan(role, name, given, inputs, here.seed, extra))
-        here.record("unlearn", name, done.cached, done.seconds, f"{done.seconds:.1f} s in the method")
+        here.record("unlearn", name, done.cached, done.seconds, f"{done.seconds:.1f} s in the method", run_of(done))
         return done
 
-    chosen = do("unlearned", method, settings)
-    references = {
-        "retrain": do("retrained", "unlearn.retrain", here.params("recipe")),
-        "finetune": do("finetuned", "unlearn.finetune", dict(here.params("references").get("finetune") or {})),
-    }
-    register(model_name("teacher"), chosen)
+    name = model_name("teacher")
+    with one_at_a_time(here, name), shown(here, 3):
+        chosen = do("unlearned", method, settings)
+        references = {
+            "retrain": do("retrained", "unlearn.retrain", here.params("recipe")),
+            "finetune": do("finetuned", "unlearn.finetune", dict(here.params("references").get("finetune") or {})),
+        }
+        register(name, chosen)
     return Unlearned(request, original, chosen, references, forget, retain)
 
 

@@ -9,12 +9,34 @@ import json
 import os
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def bound(folder: Path, *, most_bytes: float, days: float) -> int:
+    """Remove from a cache what nobody has used for so many days, then the longest unused until so many bytes are left.
+
+    Entries are the files and folders right below it; hidden ones are being written. Gives the number of entries that went.
+    """
+    kept = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.name.startswith("."):
+            parts = [part.stat() for part in (path, *path.rglob("*"))]
+            kept.append((max(max(part.st_atime, part.st_mtime) for part in parts), sum(part.st_size for part in parts), path))
+    kept.sort(reverse=True)
+    oldest, total, gone = time.time() - days * 86400, 0.0, 0
+    for used, size, path in kept:
+        total += size
+        if used < oldest or total > most_bytes:
+            total -= size
+            gone += 1
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return gone
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -23,15 +24,23 @@ GENESIS = "0" * 64
 
 
 @contextmanager
-def project_lock(settings: Settings) -> Iterator[None]:
-    """Hold the project: around `dvc repro`, promotion and erasure. Raises UserError that names the holder where it is taken."""
+def project_lock(settings: Settings, wait: float = 0.0) -> Iterator[None]:
+    """Hold the project: around `dvc repro`, promotion and erasure.
+
+    Raises UserError that names the holder where it is still taken after `wait` seconds.
+    """
     settings.home.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + wait
     with (settings.home / "lock").open("a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise UserError(f"another run is at work on this project ({handle.read().strip()}); wait for it, or stop it") from None
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    handle.seek(0)
+                    raise UserError(f"another run is at work on this project ({handle.read().strip()}); wait for it, or stop it") from None
+                time.sleep(0.5)
         handle.truncate(0)
         handle.write(f"process {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
         handle.flush()

@@ -21,7 +21,10 @@ Inputs = Mapping[str, Ref | tuple[Ref, ...] | Mapping[str, Ref]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step will do. `role` is the name that its result goes by, such as `teacher`."""
+    """What a step will do. `role` is the name that its result goes by, such as `teacher`.
+
+    `facts` are plain values that a registry method looks at; `extra` are tags for the run, which change nothing.
+    """
 
     role: str
     method: str
@@ -29,6 +32,7 @@ class Plan:
     inputs: Inputs
     seed: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -40,6 +44,7 @@ class Plan:
             "settings": json.loads(json.dumps(dict(self.settings), default=str)),  # what is not set stands in the source
             "inputs": _identity(_plain(self.inputs)),
             "seed": self.seed,
+            **({"facts": self.facts} if self.facts else {}),
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
@@ -136,7 +141,8 @@ def _make_model(settings: Settings, store: Store, plan: Plan, run_id: str, rows:
 
 def _train(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:
     rows = open_data(settings, *_data(plan, "data"))
-    return _make_model(settings, store, plan, run_id, rows, lambda: method.entry(rows, cfg, seed=plan.seed))
+    start = next((store.load_net(ref) for ref in (_models(plan, "start") if "start" in plan.inputs else [])), None)
+    return _make_model(settings, store, plan, run_id, rows, lambda: method.entry(rows, cfg, start=start, seed=plan.seed))
 
 
 def _distill(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:
@@ -169,7 +175,17 @@ def _evaluate(settings: Settings, store: Store, plan: Plan, method: Any, cfg: An
     return {"evidence": True, "seconds": seconds, "figures": {}}, figures
 
 
-_FAMILIES = {"train": _train, "distill": _distill, "unlearn": _unlearn, "evaluate": _evaluate}
+def _registry(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:
+    """Only the methods that make a model are steps; rankings and decisions are asked for directly."""
+    from tasks.core.offer import Offer
+
+    nets = {name: store.load_net(ref) for name, ref in dict(plan.inputs["models"]).items()}  # type: ignore[call-overload,arg-type]
+    data = {role: open_data(settings, *_data(plan, role)) for role in plan.inputs if role != "models"}
+    offer = Offer(nets, data, facts=plan.facts)
+    return _make_model(settings, store, plan, run_id, data["train"], lambda: method.entry(offer, cfg, seed=plan.seed))
+
+
+_FAMILIES = {"train": _train, "distill": _distill, "unlearn": _unlearn, "evaluate": _evaluate, "registry": _registry}
 
 
 def read_evidence(store: Store, ref: EvidenceRef) -> Any:

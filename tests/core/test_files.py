@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,20 @@ def test_an_exclusive_file_waits_for_its_holder(tmp_path: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             child.wait(1.0)
     assert child.communicate(timeout=20)[0].strip() == b"in"
+
+
+def test_a_cache_keeps_what_was_used_last_up_to_its_bounds(tmp_path: Path) -> None:
+    now = time.time()
+    for at, name in enumerate(["a", "b", "c", "old"]):
+        (tmp_path / name).write_bytes(b"x" * 100)
+        os.utime(tmp_path / name, (now - at * 60, now - at * 60))
+    os.utime(tmp_path / "old", (now - 10 * 86400,) * 2)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "part").write_bytes(b"x" * 50)
+    (tmp_path / ".being-written").write_bytes(b"x" * 10_000)
+    assert files.bound(tmp_path, most_bytes=1e9, days=9) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".being-written", "a", "b", "c", "folder"]
+    folder = sum(part.stat().st_size for part in (tmp_path / "folder", tmp_path / "folder" / "part"))
+    assert files.bound(tmp_path, most_bytes=folder + 250, days=9) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".being-written", "a", "b", "folder"]
+    assert files.bound(tmp_path / "absent", most_bytes=1, days=1) == 0

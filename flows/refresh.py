@@ -1,0 +1,57 @@
+"""Refresh: bring the data up to date, and the models where the data is another.
+
+Consumes  params.yaml and the source that it names
+Produces  data versions; where they changed, a teacher, a student, evidence and verdicts
+Started   nightly by its deployment (`retort serve`, `retort up`), when the data changed, or by `retort refresh`
+"""
+
+from __future__ import annotations
+
+import json
+
+from prefect import flow
+
+from flows._registry import model_name, version_of
+from flows._runs import shown
+from flows._session import NeedsRun, call, session
+from flows.curate import curate, versions
+from flows.distill import distill
+from flows.evaluate import evaluate
+from flows.promote import promote
+from flows.train import train
+from tasks.core import files
+
+NOTE = "refreshed.json"  # the data versions that the last refresh ended well on
+
+
+@flow(name="refresh")
+def refresh() -> str:
+    """Curate; train, distill, evaluate and promote only if the data is another than at the last refresh. Says which it was."""
+    here = session()
+    note = here.settings.home / NOTE
+    with shown(here, 6) as count:
+        call(curate)
+        count()
+        data = versions(here.settings)
+        if note.exists() and json.loads(note.read_text(encoding="utf-8")) == data:
+            here.record("refresh", "none", True, 0.0, "the data is that of the last refresh")
+            return "nothing changed"
+        if here.planning:
+            raise NeedsRun("refresh")
+        teacher, name, small = call(train), model_name("teacher"), model_name("student")
+        count()
+        student = call(distill, teacher=f"{name}/{version_of(name, teacher)}")
+        count()
+        call(evaluate, models={"teacher": teacher.ref, "student": student.ref})
+        count()
+        for model, done in ((name, teacher), (small, student)):
+            call(promote, model, version_of(model, done))
+            count()
+        files.write_text(note, json.dumps(data))
+    return "refreshed"
+
+
+if __name__ == "__main__":
+    from flows.cli import run_alone
+
+    run_alone(refresh)
