@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from flows import _promotion
 from flows._session import NeedsRun, session
@@ -14,6 +15,8 @@ from tasks.core.page import render_card
 from tasks.core.refs import EvidenceRef, ModelRef
 from tasks.core.step import Done
 from tasks.core.store import Store
+
+FACTS = "retort.facts"  # tag of a version: what `retort fit` reads
 
 
 def model_name(role: str) -> str:
@@ -44,11 +47,11 @@ def find_model(spec: str) -> ModelRef:
     store = session().store
     name, _, which = spec.partition("@") if "@" in spec else spec.partition("/")
     if not which:
-        versions = store.versions(name)
-        if not versions:
+        newest = store.newest(name) if store.known(name) else None
+        if newest is None:
             known = ", ".join(store.names()) or "none yet: make one with 'retort run'"
             raise UserError(f"there is no registered model {name!r}; there are: {known}")
-        which = str(versions[-1].version)
+        which = str(newest)
     if which == _promotion.CHAMPION and store.known(name):
         _promotion.check(session().settings, store, name)
     return store.version_ref(name, which)
@@ -83,8 +86,13 @@ def started_from(store: Store, ref: ModelRef) -> str:
     """The model that this one was fine-tuned from, and that one from, back to the first: what versions that may be mixed have in common."""
     tags = store.client.get_run(ref.run_id).data.tags
     inputs = json.loads(tags.get("retort.inputs", "{}"))
-    before = inputs.get("start") or (inputs.get("model") if tags.get("retort.method", "").startswith("unlearn.") else None)
-    if before is None or tags.get("retort.method") == "unlearn.retrain":
+    method = tags.get("retort.method", "")
+    before = inputs.get("start")
+    if method.startswith("unlearn.") and method != "unlearn.retrain":
+        before = inputs["model"]
+    elif method == "registry.soups":
+        before = next(iter(inputs["models"].values()))
+    if before is None:
         return ref.sha256
     return started_from(store, ModelRef(**{key: value for key, value in before.items() if key != "kind"}))
 
@@ -95,4 +103,17 @@ def describe(name: str, version: int) -> card.Card:
     found = card.gather(here.settings, here.store, name, version)
     here.store.describe(name, version, card.markdown(found))
     here.store.log_text(here.store.version_ref(name, version).run_id, f"card-{name}-{version}.html", render_card(found))
+    measured = found.figures.get("accuracy")
+    here.store.tag(name, version, FACTS, json.dumps(_facts(name, version) | ({"accuracy": measured.value} if measured else {})))
     return found
+
+
+def _facts(name: str, version: int) -> dict[str, Any]:
+    """What a device must know of a version: memory, input, task. Taken from its network once."""
+    store = session().store
+    stored: dict[str, Any] = json.loads(store.version(name, version).tags.get(FACTS, "{}"))
+    if stored:
+        return stored
+    from tasks.registry.semantic_management import describe as look
+
+    return {**look(store.load_net(store.version_ref(name, version))), "task": name.rpartition("-")[0] or name, "sensor": "camera"}

@@ -44,14 +44,14 @@ def offer(name: str, version: int) -> dict[str, Any]:
     """Measure what the gate asks for, have it decide, and say what came of it."""
     here = session()
     store = here.store
-    known = [int(found.version) for found in store.versions(name)] or _missing(name)
-    number = version or known[-1]
-    if number not in known:
-        raise UserError(f"{name} has no version {number}; it has {', '.join(map(str, known))}")
+    number = version or store.newest(name) or _missing(name)
+    there = store.version(name, number)
+    if there is None:
+        store.version_ref(name, number)  # says what there is
     _promotion.check(here.settings, store, name)
     champion = store.aliases(name).get(_promotion.CHAMPION)
     if champion == number:
-        verdict = json.loads(next(v for v in store.versions(name) if int(v.version) == number).tags.get("retort.verdict", "{}"))
+        verdict = json.loads(there.tags.get("retort.verdict", "{}"))
         here.record("promote", "registry.gate", True, 0.0, f"{name} version {number} is champion")
         return {"name": name, "version": number, "promoted": True, "verdict": verdict}
     models: dict[str, ModelRef] = {_evidence.CANDIDATE: find_model(f"{name}/{number}")}
@@ -64,7 +64,7 @@ def offer(name: str, version: int) -> dict[str, Any]:
     gate, rules = here.method("registry")
     mode = rules.pop("mode", "enforce")
     runs = _evidence.gather(models, rules)
-    found = next(v for v in store.versions(name) if int(v.version) == number).tags.get("retort.verdict")
+    found = there.tags.get("retort.verdict")
     verdict = json.loads(found) if found else {}
     basis = {"evidence": runs[0], "also": runs[1:], "gate": gate, "settings": rules, "against": champion, "apart": apart, "mode": mode}
     if verdict.get("basis") != basis or (verdict["promote"] and mode != "dry-run"):

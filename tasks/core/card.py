@@ -100,7 +100,7 @@ class Card:
 def gather(settings: Settings, store: Store, name: str, version: int) -> Card:
     """The card of a version. Raises UserError where there is no such version."""
     ref = store.version_ref(name, version)
-    found = next(one for one in store.versions(name) if int(one.version) == version)
+    found = store.version(name, version)
     run = store.client.get_run(ref.run_id)
     tags, method = run.data.tags, run.data.tags.get("retort.method", "")
     about = catalog.cards().get(method)
