@@ -82,7 +82,7 @@ def run(name: str, data: Dataset, seed: int) -> Any:
         return call(small_net(data, 1), train.take(np.arange(10)), train.take(np.arange(10, 200)), cfg, seed=seed)
     if family == "evaluate":
         models = {"original": small_net(data, 1), "retrain": small_net(data, 2), "unlearned": small_net(data, 3)}
-        rows = {"test": test, "forget": train.take(np.arange(10)), "retain": train.take(np.arange(10, 200))}
+        rows = {"test": test, "forget": train.take(np.arange(10)), "retain": train.take(np.arange(10, 200)), "gallery": reference}
         return call(models, rows, cfg, seed=seed)
     if family == "registry":
         return call(offer_for(data), cfg, seed=seed)
