@@ -25,7 +25,7 @@ PROMOTED = "retort.model.promoted"
 HOUR = 3600
 STEP_SECONDS = 12 * HOUR  # of one method
 WAIT_SECONDS = 6 * HOUR  # for another run of the same model, or of the same project
-PAGES = {"prefect": "http://127.0.0.1:4200", "mlflow": "http://127.0.0.1:5000"}  # where `retort up` and `retort ui` show them
+PAGES = {"prefect": "http://127.0.0.1:4200", "mlflow": "http://127.0.0.1:5000"}  # where `retort ui` shows them, if no server is up
 
 
 def can_pass(_task: Any, _run: Any, state: Any) -> bool:

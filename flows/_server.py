@@ -1,4 +1,7 @@
-"""A Prefect server for the length of one run, where no `PREFECT_API_URL` names another; and the processes that a run must not leave."""
+"""How servers are started, watched and ended: Prefect's and MLflow's, for the length of one run or until `retort down`.
+
+A child of a run dies with it, and is noted so that a later run ends what a killed one has left. A detached server outlives its starter.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +26,22 @@ import psutil
 from tasks.core import files
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings
+from tasks.core.store import QUIET
 
+HOST = "127.0.0.1"
 START_SECONDS = 120
+STOP_SECONDS = 15
+HEALTH = {"prefect": "/api/ready", "mlflow": "/api/2.0/mlflow/experiments/search?max_results=1"}  # these ask the database too
+MLFLOW_WORKERS = 2  # four by default: each is a process of 300 MB
 LIVE: dict[int, subprocess.Popen[bytes]] = {}
 _LIBC = ctypes.CDLL(None)  # loaded before any fork
 
 
 def environment(settings: Settings) -> dict[str, str]:
     """What Prefect must find in the environment before it is imported."""
+    url = os.environ.get("PREFECT_API_URL") or settings.server_url("prefect")
     return {
+        **({"PREFECT_API_URL": url} if url else {}),
         "PREFECT_HOME": str(settings.prefect_home),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
@@ -43,13 +53,54 @@ def environment(settings: Settings) -> dict[str, str]:
     }
 
 
+def prefect_command(port: int, *, whole: bool = True) -> list[str]:
+    """The command of a Prefect server. `whole`: with its pages and its services; without these no schedule ever starts anything."""
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    return command if whole else [*command, "--no-services", "--no-ui"]
+
+
+def prefect_environment(settings: Settings, port: int, database: str = "") -> dict[str, str]:
+    """The environment of a Prefect server. `database`: an SQLAlchemy address; empty: a file in the project.
+
+    It goes this way and not by the command line, which everybody on the machine can read.
+    """
+    kept = {key: value for key, value in {**os.environ, **environment(settings)}.items() if key != "PREFECT_API_URL"}
+    kept["PREFECT_UI_API_URL"] = prefect_url(port)
+    return {**kept, "PREFECT_SERVER_DATABASE_CONNECTION_URL": database} if database else kept
+
+
+def mlflow_command(settings: Settings, port: int, artifacts: str = "") -> list[str]:
+    """The command of an MLflow server; new experiments keep their files under `artifacts`, or else in the project.
+
+    Clients read and write these themselves: the server does not carry them.
+    """
+    local = ["--host", HOST, "--port", str(port), "--workers", str(MLFLOW_WORKERS), "--uvicorn-opts", "--log-level warning"]
+    return [
+        *[sys.executable, "-m", "mlflow", "server", *local],
+        *["--no-serve-artifacts", "--default-artifact-root", artifacts or settings.artifacts.as_uri()],
+    ]
+
+
+def mlflow_environment(database: str) -> dict[str, str]:
+    """The environment of an MLflow server on an SQLAlchemy address, which may hold a password."""
+    kept = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    # its jobs judge traces of language models; left on, they are five processes more
+    return {**kept, **QUIET, "MLFLOW_BACKEND_STORE_URI": database, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
+
+def prefect_url(port: int) -> str:
+    """The address of Prefect's API on a port of this machine."""
+    return f"http://{HOST}:{port}/api"
+
+
+def detach(settings: Settings, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a process that outlives this one and its terminal. Whoever calls notes it down."""
+    return _start(settings, command, env, log, tied=False)
+
+
 def spawn(settings: Settings, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
     """Start a child in a group of its own, note the group, and have the kernel end it with us where it can."""
-    with log.open("ab") as out:
-        child = subprocess.Popen(  # noqa: S603
-            command, cwd=settings.root, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-            start_new_session=True, preexec_fn=_die_with_parent,
-        )  # fmt: skip
+    child = _start(settings, command, env, log, tied=True)
     LIVE[child.pid] = child
     owner = psutil.Process()
     facts = {"pid": child.pid, "created": time.time(), "owner": owner.pid, "owner_created": owner.create_time()}
@@ -110,28 +161,16 @@ class Server:
     def __init__(self, settings: Settings, log: Path) -> None:
         self.settings, self.log = settings, log
         self.child: subprocess.Popen[bytes] | None = None
-        self.url = os.environ.get("PREFECT_API_URL", "")
+        self.url = environment(settings).get("PREFECT_API_URL", "")
 
     def start(self) -> None:
         if self.url:
             return
         clear_half_made(self.settings)
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}/api"
-        command = [
-            sys.executable,
-            "-m",
-            "prefect",
-            "server",
-            "start",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--no-services",
-            "--no-ui",
-        ]
-        self.child = spawn(self.settings, command, {**os.environ, **environment(self.settings)}, self.log)
+        self.url = prefect_url(port)
+        command = prefect_command(port, whole=False)
+        self.child = spawn(self.settings, command, prefect_environment(self.settings, port), self.log)
 
     def ready(self, beside: Future[Any] | None = None) -> None:
         """Wait for the server and name it in the environment. Raises UserError that names the log where it does not come.
@@ -180,7 +219,7 @@ def wait_for(url: str, child: subprocess.Popen[bytes], log: Path, beside: Future
 def free_port() -> int:
     """A port on this machine that nothing listens on."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
@@ -189,10 +228,64 @@ def is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((HOST, port))
         except OSError:
             return False
         return True
+
+
+def check_ports(ports: Mapping[str, int]) -> None:
+    """Raises UserError that names the option where a server's port is taken, or given twice."""
+    for name, port in ports.items():
+        option = f"choose another for {name} with --{name.lower()}-port"
+        if list(ports.values()).count(port) > 1:
+            raise UserError(f"{' and '.join(ports)} cannot both have port {port}; {option}")
+        if not is_free(port):
+            raise UserError(f"port {port} is taken; {option}")
+
+
+def family(pid: int, created: float) -> list[psutil.Process]:
+    """What lives of a detached process's session, and of what it started outside it. The session outlives its leader."""
+    found = []
+    for process in psutil.process_iter(["pid", "create_time"]):
+        with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            # a number that was given to another process since has another age
+            if os.getsid(process.pid) == pid and process.create_time() >= created - 1 and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+                found += process.children(recursive=True)
+    return list(dict.fromkeys(found))
+
+
+def stop(pid: int, created: float) -> bool:
+    """End a detached process and all that it started: kindly, then not. Whether anything had to be killed."""
+    left = family(pid, created)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    until = time.monotonic() + STOP_SECONDS
+    while left and time.monotonic() < until:
+        time.sleep(0.1)
+        left = [process for process in {*left, *family(pid, created)} if _runs(process)]
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=5)
+    return bool(left)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _start(settings: Settings, command: Sequence[str], env: Mapping[str, str], log: Path, *, tied: bool) -> subprocess.Popen[bytes]:
+    with log.open("ab") as out:
+        return subprocess.Popen(  # noqa: S603
+            command, cwd=settings.root, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            start_new_session=True, preexec_fn=_die_with_parent if tied else None,
+        )  # fmt: skip
 
 
 def _end_group(group: int) -> None:

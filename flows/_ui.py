@@ -1,4 +1,4 @@
-"""The Prefect and MLflow pages of a project, and its deployments, for as long as somebody wants them."""
+"""The Prefect and MLflow pages of a project, and its deployments, for as long as a terminal is open. `flows._up` is what outlives it."""
 
 from __future__ import annotations
 
@@ -13,36 +13,27 @@ from tasks.core.store import prepare
 
 
 def serve_pages(settings: Settings, prefect_port: int, mlflow_port: int) -> None:
-    """Serve both pages on 127.0.0.1 until Ctrl-C. Raises UserError where a port is taken."""
+    """Serve both pages on 127.0.0.1 until Ctrl-C. Raises UserError where a port is taken, or `retort up` has the pages."""
+    if settings.server_url("prefect") or settings.server_url("mlflow"):
+        raise UserError("'retort up' has started servers with both pages; 'retort status' says where they are")
     prepare(settings)
     settings.logs.mkdir(parents=True, exist_ok=True)
     log = settings.logs / "ui.log"
-    if prefect_port == mlflow_port:
-        raise UserError(f"both pages cannot have port {prefect_port}; choose another with --prefect-port or --mlflow-port")
-    _server.clear_half_made(settings)
-    env = {**os.environ, **_server.environment(settings)}
-    local = ["--host", "127.0.0.1", "--port"]
+    _server.check_ports({"Prefect": prefect_port, "MLflow": mlflow_port})
     commands = {
-        "Prefect": (prefect_port, "/api/health", [sys.executable, "-m", "prefect", "server", "start", *local, str(prefect_port)]),
-        "MLflow": (
-            mlflow_port,
-            "/health",
-            [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", settings.tracking_uri, *local, str(mlflow_port)],
-        ),
+        "Prefect": (prefect_port, _server.prefect_command(prefect_port), _server.prefect_environment(settings, prefect_port)),
+        "MLflow": (mlflow_port, _server.mlflow_command(settings, mlflow_port), _server.mlflow_environment(settings.tracking_uri)),
     }
+    _server.clear_half_made(settings)
     children = []
     try:
-        for name, (port, _, command) in commands.items():
-            if not _server.is_free(port):
-                flag = name.lower()
-                raise UserError(f"port {port} is taken; choose another for the {name} page with --{flag}-port")
-            env["PREFECT_UI_API_URL"] = f"http://127.0.0.1:{prefect_port}/api"
+        for _, command, env in commands.values():
             children.append(_server.spawn(settings, command, env, log))
-        for (name, (port, health, _)), child in zip(commands.items(), children, strict=True):
-            _server.wait_for(f"http://127.0.0.1:{port}{health}", child, log)
+        for (name, (port, _, _)), child in zip(commands.items(), children, strict=True):
+            _server.wait_for(f"http://{_server.HOST}:{port}{_server.HEALTH[name.lower()]}", child, log)
             if name == "Prefect":
                 _server.mark_made(settings)
-            sys.stdout.write(f"{name:8} http://127.0.0.1:{port}\n")
+            sys.stdout.write(f"{name:8} http://{_server.HOST}:{port}\n")
         sys.stdout.write("Ctrl-C ends both.\n")
         sys.stdout.flush()
         while all(child.poll() is None for child in children):
@@ -66,15 +57,12 @@ def serve_deployments(settings: Settings, port: int) -> None:
             if not _server.is_free(port):
                 raise UserError(f"port {port} is taken; choose another with --port, or name the server in PREFECT_API_URL")
             _server.clear_half_made(settings)
-            url = f"http://127.0.0.1:{port}/api"
-            env = {**os.environ, **_server.environment(settings), "PREFECT_UI_API_URL": url}
             # unlike the server of a single run it has its services: without them no schedule ever starts anything
-            command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-            child = _server.spawn(settings, command, env, log)
-            _server.wait_for(f"{url}/health", child, log)
+            child = _server.spawn(settings, _server.prefect_command(port), _server.prefect_environment(settings, port), log)
+            _server.wait_for(f"{_server.prefect_url(port)}/health", child, log)
             _server.mark_made(settings)
-            os.environ["PREFECT_API_URL"] = url
-            sys.stdout.write(f"Prefect  http://127.0.0.1:{port}\n")
+            os.environ["PREFECT_API_URL"] = _server.prefect_url(port)
+            sys.stdout.write(f"Prefect  http://{_server.HOST}:{port}\n")
             sys.stdout.flush()
         from flows.deployments import serve_all
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import _claims_cli
+from flows import _claims_cli, _find_cli, _up_cli
 
 app = typer.Typer(
     add_completion=False,
@@ -60,10 +60,11 @@ def curate(stages: Annotated[list[str] | None, typer.Argument(help="Stages of dv
 @app.command()
 def train(
     data: Annotated[list[str] | None, typer.Option(help="Folder of the project, or folder@revision; may be repeated.")] = None,
+    start: Annotated[str, typer.Option(help="Go on from this model: NAME@alias or NAME/version.")] = "",
 ) -> None:
     """Train a teacher."""
     arguments: dict[str, Any] = {"data": tuple(data)} if data else {}
-    execute(lambda: _flow("train"), **arguments)
+    execute(lambda: _flow("train"), start=start, **arguments)
 
 
 @app.command()
@@ -84,6 +85,22 @@ def evaluate(
 ) -> None:
     """Measure models on the held-out test rows."""
     execute(lambda: _flow("evaluate"), names=tuple(models or ()))
+
+
+@app.command()
+def combine(
+    method: Annotated[str, typer.Argument(help="soups, stitching or stationary.")],
+    versions: Annotated[list[str] | None, typer.Argument(help="NAME@alias or NAME/version, each.")] = None,
+    name: Annotated[str, typer.Option(help="Registered model that the result goes by; default: that of the first version.")] = "",
+) -> None:
+    """Make one version out of several: a soup, a stitched model, or one whose embeddings stay comparable."""
+    execute(lambda: _flow("combine"), method=method, versions=tuple(versions or ()), name=name)
+
+
+@app.command()
+def refresh() -> None:
+    """Bring the data up to date, and the models where the data is another."""
+    execute(lambda: _flow("refresh"))
 
 
 @app.command()
@@ -139,6 +156,27 @@ def history(name: Annotated[str, typer.Argument(help="Registered model.")], as_j
     for entry in found:
         table.add_row(entry["at"], entry["kind"], str(entry["version"]), str(entry["champion"] or ""), entry.get("reason", ""))
     Console().print(table)
+
+
+@app.command()
+def card(spec: Annotated[str, typer.Argument(help="NAME@alias, NAME/version, or NAME: its newest version.")]) -> None:
+    """Write a version's model card as one page, and print where it is."""
+    _environment()
+    from flows._registry import find_model
+    from flows._session import Session, use
+    from tasks.core import files
+    from tasks.core.card import gather
+    from tasks.core.page import render_card
+    from tasks.core.settings import project
+
+    with use(Session(project())) as here:
+        name = spec.replace("@", "/").partition("/")[0]
+        version = here.store.version_of(name, find_model(spec))
+        assert version is not None
+        path = here.settings.reports / f"card-{name}-{version}.html"
+        files.write_text(path, render_card(gather(here.settings, here.store, name, version)))
+    print(path, flush=True)  # noqa: T201
+    os._exit(0)
 
 
 @app.command()
@@ -199,6 +237,10 @@ def ui(
     from tasks.core.settings import project
 
     serve_pages(project(), prefect_port, mlflow_port)
+
+
+for _command in (_up_cli.up, _up_cli.down, _up_cli.status, _find_cli.fit):
+    app.command()(_command)
 
 
 def run_alone(flow: Any) -> None:

@@ -156,6 +156,39 @@ def memory(place: Path) -> None:
         show(f"{stage} on 1,000,000 rows: peak memory, in {time.perf_counter() - began:.0f} s", f"{peak:.2f} GB", "1.5 GB or less")
 
 
+def concurrent(place: Path) -> None:
+    """Flows at once through the servers of `retort up`: what arrives, and in what time, on SQLite and on PostgreSQL."""
+    from flows._server import free_port
+    from tests.benchmarks import load
+    from tests.servers import postgres
+
+    def rounds(name: str, *words: str) -> None:
+        folder = workspace.make(place / name, workspace.smoke_params())
+        cli = [PYTHON, "-m", "flows.cli"]
+        timed([*cli, "up", "--prefect-port", str(free_port()), "--mlflow-port", str(free_port()), *words], folder)
+        try:
+            load.measure(folder, 1, 1, "warm")
+            one = 0.0
+            for flows in (1, 8, 16, 32):
+                found = load.measure(folder, flows, 3, f"n{flows}", timeout=900)
+                one = one or found["seconds"]
+                logs = "".join((folder / ".retort" / "logs" / f"{log}.log").read_text() for log in ("prefect", "mlflow"))
+                lost = sum(found["lost"].values())
+                figure = f"{flows / found['seconds']:.2f} flows/s, {len(found['errors'])} errors, {lost} lost"
+                asked = "no error, nothing lost" if flows <= 8 else ""
+                show(f"{name}, {flows} flows at once, {found['seconds']:.1f} s (one at a time {flows * one:.1f} s)", figure, asked)
+                for error in sorted(set(found["errors"]))[:3]:
+                    print(f"    {error[:200]}")
+                print(f"    lost {found['lost']}; 'database is locked' in the servers' logs so far: {logs.count('database is locked')}")
+        finally:
+            timed([*cli, "down"], folder)
+
+    rounds("SQLite")
+    if postgres.binaries():
+        with postgres.cluster() as address:
+            rounds("PostgreSQL", "--database", address)
+
+
 def timed_output(command: list[str], folder: Path) -> str:
     ran = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     if ran.returncode:
@@ -174,6 +207,7 @@ ALL: dict[str, Callable[[Path], None]] = {
     "dvc_status": dvc_status,
     "batches": batches,
     "memory": memory,
+    "concurrent": concurrent,
 }
 
 
