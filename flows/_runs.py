@@ -97,7 +97,7 @@ def shown(here: Session, steps: int) -> Iterator[Callable[[], None]]:
 
     Nothing is shown while a run is only planned, nor by a flow within a flow, whose lines are the outer one's too.
     """
-    if here.planning or not alone():
+    if here.plain or not alone():
         yield lambda: None
         return
     bar, done, before = create_progress_artifact(0.0, key="progress", description="Steps of this run"), 0, len(here.rows)

@@ -65,10 +65,16 @@ class Row:
 
 @dataclass
 class Session:
-    """The state of one run in one process. `served`: a server that stays started it, or will hear of it."""
+    """The state of one run in one process.
+
+    planning  find out what there is to do, and do nothing
+    direct    do what takes no step, without Prefect
+    served    a server that stays started it, or will hear of it
+    """
 
     settings: Settings
     planning: bool = False
+    direct: bool = False
     served: bool = False
     rows: list[Row] = field(default_factory=list)
     aside: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
@@ -77,6 +83,11 @@ class Session:
     pushed: Future[bool] | None = None
     log: Path = Path()
     _store: Store | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether all is done without Prefect, and no step is run."""
+        return self.planning or self.direct
 
     @property
     def channel(self) -> Path:
@@ -190,14 +201,14 @@ def use(new: Session) -> Iterator[Session]:
 
 
 def call(flow: Flow[Any, R], *args: Any, **kwargs: Any) -> R:
-    """Run a flow within a flow; while planning, its plain function."""
-    target: Callable[..., R] = flow.fn if session().planning else flow
+    """Run a flow within a flow; without Prefect, its plain function."""
+    target: Callable[..., R] = flow.fn if session().plain else flow
     return target(*args, **kwargs)
 
 
 def step(plan: Plan) -> Done:
     """Do one step, as a Prefect task, or give its stored result."""
-    if not session().planning:
+    if not session().plain:
         tell(stage=plan.role, state="start", method=plan.method)
         done = _step(plan)
         tell(stage=plan.role, state="end", method=plan.method, seconds=done.seconds)

@@ -22,6 +22,7 @@ from tasks.core.settings import Settings
 from tasks.core.step import preload
 from tasks.core.store import Store
 
+DIRECT = ("promote",)  # flows that may be done without Prefect, where no server runs that would show them
 DATA_FIRST = ("lifecycle", "curate")  # flows that begin with the data stages
 
 
@@ -37,6 +38,10 @@ def work(
         here = Session(settings, planning=True, log=log)
         here.check()
         result, ran = _plan(here, flow, arguments), False
+        if result is None and flow.name in DIRECT and not served:
+            ran = True
+            here = Session(settings, direct=True, log=log)
+            result = _directly(here, flow, arguments)
         if result is None:
             ran = True
             here = Session(settings, served=served, log=log)
@@ -64,6 +69,17 @@ def _plan(here: Session, flow: Any, arguments: dict[str, Any]) -> Any:
     try:
         with use(here):
             return flow.fn(**arguments) or ""
+    except NeedsRun:
+        return None
+
+
+def _directly(here: Session, flow: Any, arguments: dict[str, Any]) -> Any:
+    """The flow's result where all it takes is there: no server is started for it, and the journal says what was done. Else None."""
+    here.check_settings()
+    open_store(here)
+    try:
+        with use(here):
+            return flow.fn(**arguments)
     except NeedsRun:
         return None
 

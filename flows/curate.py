@@ -7,6 +7,8 @@ Started   by `retort run`, `retort curate`, or a schedule
 
 from __future__ import annotations
 
+import json
+
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
@@ -17,6 +19,7 @@ from flows._types import Stages
 from tasks.core import files
 from tasks.core.settings import Settings
 
+FOLLOWED = "followed.json"  # the data versions that the models follow
 FOLDERS = ("data/pool", "data/filtered", "data/condensed", "data/generated")
 
 
@@ -42,6 +45,17 @@ def curate(targets: Stages = ()) -> bool:
     if changed and alone():
         emit(here, DATA_CHANGED, "data", **changed)
     return bool(changed)
+
+
+def followed(settings: Settings) -> bool:
+    """Whether the models were last brought up to date on the data as it is now."""
+    note = settings.home / FOLLOWED
+    return note.exists() and json.loads(note.read_text(encoding="utf-8")) == versions(settings)
+
+
+def follow(settings: Settings) -> None:
+    """Note that the models are up to date on the data as it is now."""
+    files.write_text(settings.home / FOLLOWED, json.dumps(versions(settings)))
 
 
 def versions(settings: Settings) -> dict[str, str]:

@@ -14,7 +14,7 @@ from prefect import flow
 from flows._registry import model_name, version_of
 from flows._runs import shown
 from flows._session import call, session
-from flows.curate import curate
+from flows.curate import curate, follow
 from flows.distill import distill
 from flows.evaluate import evaluate, evaluate_forgetting
 from flows.promote import promote
@@ -42,7 +42,10 @@ def lifecycle() -> str:
         evidence = do(evaluate, models=models)
         forgetting = do(evaluate_forgetting, work)
         decisions = [do(promote, small, version_of(small, student)), do(promote, name, version_of(name, work.chosen))]
-        return str(do(report, evidence, forgetting, decisions))
+        page = str(do(report, evidence, forgetting, decisions))
+        if not session().planning:
+            follow(session().settings)
+        return page
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import asdict
 from datetime import date
 from typing import Any
@@ -43,7 +44,7 @@ def promote(name: Name, version: Version = 0) -> dict[str, Any]:
 def offer(name: str, version: int) -> dict[str, Any]:
     """Measure what the gate asks for, have it decide, and say what came of it."""
     here = session()
-    store = here.store
+    store, began = here.store, time.perf_counter()
     number = version or store.newest(name) or _missing(name)
     there = store.version(name, number)
     if there is None:
@@ -70,11 +71,11 @@ def offer(name: str, version: int) -> dict[str, Any]:
     if verdict.get("basis") != basis or (verdict["promote"] and mode != "dry-run"):
         if here.planning:
             raise NeedsRun("promote")
-        verdict = decide(name, number, champion, basis)
+        verdict = (decide.fn if here.direct else decide)(name, number, champion, basis)
     promoted = verdict["promote"] and mode != "dry-run"
     would = "would be " if mode == "dry-run" else ""
     outcome = ("is champion" if promoted else "would be champion") if verdict["promote"] else f"{would}refused: {verdict['reason']}"
-    here.record("promote", gate, False, 0.0, f"{name} version {number} {outcome}", runs[0])
+    here.record("promote", gate, False, time.perf_counter() - began, f"{name} version {number} {outcome}", runs[0])
     return {"name": name, "version": number, "promoted": promoted, "verdict": verdict}
 
 
@@ -87,7 +88,7 @@ def decide(name: str, number: int, champion: int | None, basis: dict[str, Any]) 
     Each part may be repeated: what was cut off is done again by the next run.
     """
     here = session()
-    store, client, gate = here.store, here.store.client, basis["gate"]
+    store, gate = here.store, basis["gate"]
     evidence = _evidence.read([basis["evidence"], *basis["also"]])
     if basis["mode"] == "off":
         verdict: dict[str, Any] = {"promote": True, "reason": "the gate is off", "rules": [], "basis": basis}
@@ -103,8 +104,8 @@ def decide(name: str, number: int, champion: int | None, basis: dict[str, Any]) 
     store.log_text(
         basis["evidence"], f"verdict-{name}-{number}.html", render_verdict(name, number, verdict, evidence.data, f"{date.today()}")
     )
-    client.set_model_version_tag(name, str(number), "retort.verdict", json.dumps(verdict))
-    client.set_registered_model_alias(name, "candidate", str(number))
+    store.tag(name, number, "retort.verdict", json.dumps(verdict))
+    store.set_alias(name, "candidate", number)
     if basis["mode"] == "dry-run":
         return verdict
     if verdict["promote"]:

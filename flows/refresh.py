@@ -7,34 +7,27 @@ Started   nightly by its deployment (`retort serve`, `retort up`), when the data
 
 from __future__ import annotations
 
-import json
-
 from prefect import flow
 
 from flows._registry import model_name, version_of
 from flows._runs import shown
 from flows._session import NeedsRun, call, session
-from flows.curate import curate, versions
+from flows.curate import curate, follow, followed
 from flows.distill import distill
 from flows.evaluate import evaluate
 from flows.promote import promote
 from flows.train import train
-from tasks.core import files
-
-NOTE = "refreshed.json"  # the data versions that the last refresh ended well on
 
 
 @flow(name="refresh")
 def refresh() -> str:
-    """Curate; train, distill, evaluate and promote only if the data is another than at the last refresh. Says which it was."""
+    """Curate; train, distill, evaluate and promote only if the data is another than the models were last made from. Says which it was."""
     here = session()
-    note = here.settings.home / NOTE
     with shown(here, 6) as count:
         call(curate)
         count()
-        data = versions(here.settings)
-        if note.exists() and json.loads(note.read_text(encoding="utf-8")) == data:
-            here.record("refresh", "none", True, 0.0, "the data is that of the last refresh")
+        if followed(here.settings):
+            here.record("refresh", "", True, 0.0, "the models follow this data already")
             return "nothing changed"
         if here.planning:
             raise NeedsRun("refresh")
@@ -47,7 +40,7 @@ def refresh() -> str:
         for model, done in ((name, teacher), (small, student)):
             call(promote, model, version_of(model, done))
             count()
-        files.write_text(note, json.dumps(data))
+        follow(here.settings)
     return "refreshed"
 
 

@@ -69,7 +69,7 @@ def page_key(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) 
         "params": read_params(settings),
         "source": [
             catalog.source_digest("tasks.core.page", "tasks.core.page_pictures"),
-            *(files.file_md5(path) for path in (TEMPLATE, Path(__file__))),
+            *(files.file_md5(path) for path in (*sorted(TEMPLATE.parent.glob("*.j2")), Path(__file__))),
         ],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -165,6 +166,8 @@ def write(metric: str, figure: Figure) -> str:
     """A figure with its interval, in the metric's own unit."""
 
     def text(value: float) -> str:
+        if not math.isfinite(value):
+            return "not measured"
         if metric in PERCENT or metric.startswith("accuracy_"):
             return f"{value:.1%}"
         return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from tasks.core import page_charts as charts
 from tasks.core import page_graph
-from tasks.core.card import BEWARE, WORDS, Card, write
+from tasks.core.card import BEWARE, PERCENT, Card
 from tasks.core.errors import without_secrets
 from tasks.core.metrics import Figure
 
@@ -130,11 +130,13 @@ class Page:
 
 
 def _number(digits: int) -> Any:
-    return lambda value: charts.DASH if math.isnan(value) else f"{value:,.{digits}f}"
+    return lambda value: f"{value:,.{digits}f}" if math.isfinite(value) else charts.DASH
 
 
 def size(value: float) -> str:
     """Bytes in the unit that reads best."""
+    if not math.isfinite(value):
+        return charts.DASH
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":
             break
@@ -202,9 +204,8 @@ def render_verdict(name: str, version: int, found: Mapping[str, Any], data: Mapp
     """One verdict as a page: every rule with both figures and its interval, and the data (role: md5) that all of it rests on."""
     env = environment()
     env.filters.update(number=plain_number, unbroken=unbroken)
-    decision = {"name": name, "version": version, "promoted": found["promote"], "verdict": found}
     text: str = env.get_template("page_verdict.html.j2").render(
-        name=name, version=version, verdicts=[verdict(decision)], promote=found["promote"], basis=found["basis"], data=data, made_at=made_at
+        name=name, version=version, verdicts=[_of_gate(found)], promote=found["promote"], basis=found["basis"], data=data, made_at=made_at
     )
     return text
 
@@ -212,11 +213,13 @@ def render_verdict(name: str, version: int, found: Mapping[str, Any], data: Mapp
 def render_card(card: Card) -> str:
     """A model card as a page."""
     env = environment()
-    env.filters.update(number=plain_number, unbroken=unbroken, sentence=sentence)
-    decision = {"name": card.name, "version": card.version, "promoted": card.verdict.get("promote", False), "verdict": card.verdict}
-    figures = [(WORDS.get(metric, metric.replace("_", " ")), write(metric, figure)) for metric, figure in card.figures.items()]
+    env.filters.update(number=plain_number, unbroken=unbroken, clean=clean)
+    found = table({card.name: card.figures}, MODEL_COLUMNS, ())
     text: str = env.get_template("page_card.html.j2").render(
-        card=card, figures=figures, beware=BEWARE, verdicts=[verdict(decision)] if card.verdict else []
+        card=card,
+        figures=[(sentence(head[0]), head[1], *cell) for head, cell in zip(found["heads"], found["rows"][0][1], strict=True)],
+        beware=BEWARE,
+        verdicts=[_of_gate(card.verdict)] if card.verdict else [],
     )
     return text
 
@@ -261,12 +264,19 @@ def verdict(decision: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": _called(decision),
         "promoted": promoted,
+        "outcome": "champion" if promoted else "refused",
         "reason": met if promoted else f"{sentence(_failed(decision))}.",
         "against": f"judged against champion version {against}" if against is not None else "there was no champion to beat",
         "gate": basis.get("gate", ""),
         "rules": rules,
         "compared": any(rule.get("champion") is not None for rule in rules),
     }
+
+
+def _of_gate(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored verdict on a page of one version: the gate's word, which says nothing of what stands as champion today."""
+    decision = {"name": "", "version": "", "promoted": found["promote"], "verdict": found}
+    return {**verdict(decision), "name": "The gate", "outcome": "passed" if found["promote"] else "refused"}
 
 
 def table(figures: Figures, columns: Mapping[str, tuple[str, str, Any]], order: Sequence[str]) -> dict[str, Any]:
@@ -276,7 +286,7 @@ def table(figures: Figures, columns: Mapping[str, tuple[str, str, Any]], order: 
     """
     known = [metric for metric in columns if any(metric in by for by in figures.values())]
     more = list(dict.fromkeys(m for by in figures.values() for m in by if m not in columns and m != "void"))
-    how = {**columns, **{m: (m.replace("_", " "), "", plain_number) for m in more}}
+    how = {**columns, **{m: (m.replace("_", " "), "", _writer(m)) for m in more}}
     names = [name for name in order if name in figures] + [name for name in figures if name not in order]
     heads = [(how[m][0], how[m][1]) for m in [*known, *more]]
     rows = [(name, [_cell(figures[name].get(m), how[m][2]) for m in [*known, *more]]) for name in names]
@@ -314,13 +324,14 @@ def sentence(text: str) -> str:
 
 
 def unbroken(text: str) -> str:
-    """The text, its names and numbers kept on one line each."""
-    return text.replace("-", "\u2011").replace(" version ", " version\u00a0")
+    """The text, its names and numbers kept on one line each, but for names that no phone could hold."""
+    kept = " ".join(word.replace("-", "\u2011") if len(word) <= 24 else word for word in text.split(" "))
+    return kept.replace(" version ", " version\u00a0")
 
 
 def plain_number(value: float | None) -> str:
     """A number in at most four places, without an exponent where it can be; a dash for none."""
-    if value is None or math.isnan(value):
+    if value is None or not math.isfinite(value):
         return charts.DASH
     if float(value).is_integer():
         return f"{value:,.0f}"
@@ -346,6 +357,10 @@ def _failed(decision: Mapping[str, Any]) -> str:
     return "; ".join(reasons) or str(found.get("reason") or "no reason was stored")
 
 
+def _writer(metric: str) -> Any:
+    return charts.percent if metric in PERCENT or metric.startswith("accuracy_") else plain_number
+
+
 def _cell(figure: Figure | None, write: Any) -> tuple[str, str]:
     if figure is None:
         return charts.DASH, ""
@@ -355,7 +370,8 @@ def _cell(figure: Figure | None, write: Any) -> tuple[str, str]:
 
 def _whiskers(figures: Figures) -> Markup:
     found = {name: by["accuracy"] for name, by in figures.items() if "accuracy" in by}
-    return charts.whiskers(found, "Accuracy on the test rows") if found else Markup("")
+    said = "Accuracy on the test rows"
+    return charts.whiskers(found, said) + charts.whiskers(found, said, narrow=True) if found else Markup("")
 
 
 def _reliability(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:
@@ -365,6 +381,7 @@ def _reliability(details: Mapping[str, Any]) -> list[tuple[str, Markup]]:
 def _confusions(details: Mapping[str, Any], promoted: Sequence[str]) -> list[tuple[str, Markup]]:
     found = details.get("confusion") or {}
     names = details.get("classes") or [str(k) for k in range(len(next(iter(found.values()), [])))]
+    names = [clean(str(name)) for name in names]
     return [(name, charts.confusion(found[name], names, name)) for name in promoted if name in found]
 
 

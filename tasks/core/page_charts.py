@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from tasks.core.metrics import Figure
 
 LARGEST = 80  # pixels; larger images are shown smaller
 DASH = "\u2013"
+NARROW = " !'(),-./:;I[]fijlrt|\u2011\u00b7"
 LOSSLESS = 40  # up to this size an image is shown pixel by pixel
 
 
@@ -53,6 +55,27 @@ def short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
+def fit(text: str, room: float, size: float = 13.0, bold: bool = True) -> str:
+    """The text, cut so that it keeps within `room` pixels also in wide fonts: those of the reader are not known here."""
+
+    def wide(c: str) -> float:
+        if unicodedata.combining(c):
+            return 0.0
+        return size * (
+            1.08 if c in "mwMW%@" or unicodedata.east_asian_width(c) in "WF" else 0.43 if c in NARROW else 0.78 if c.isupper() else 0.64
+        )
+
+    left = room / (1.12 if bold else 1.0)
+    if sum(map(wide, text)) <= left:
+        return text
+    left -= size
+    for at, c in enumerate(text):
+        left -= wide(c)
+        if left < 0:
+            return text[:at].rstrip() + "…"
+    return text
+
+
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers that span [low, high]: about so many. Raises ValueError where low is not below high."""
     if not low < high:
@@ -66,16 +89,16 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 def percent(value: float, digits: int = 1) -> str:
     """A share as percent; a dash for NaN."""
-    return DASH if math.isnan(value) else f"{100 * value:.{digits}f}%"
+    return DASH if not math.isfinite(value) else f"{100 * value:.{digits}f}%"
 
 
-def whiskers(figures: Mapping[str, Figure], what: str) -> Markup:
-    """A dot with its 95% interval for each name: shares in [0, 1]."""
-    left, wide, right, step, top = 150, 716, 184, 38, 12
+def whiskers(figures: Mapping[str, Figure], what: str, narrow: bool = False) -> Markup:
+    """A dot with its 95% interval for each name: shares in [0, 1]. `narrow`: names above their lines, for a phone."""
+    left, wide, right, step, top = (22, 240, 22, 56, 4) if narrow else (180, 686, 190, 38, 12)
     found = [f for f in figures.values() if not math.isnan(f.value)]
     low, high = min((f.low for f in found), default=0.0), max((f.high for f in found), default=1.0)
     pad = max((high - low) * 0.1, 0.005)
-    marks = ticks(max(0.0, low - pad), min(1.0, high + pad))
+    marks = ticks(max(0.0, low - pad), min(1.0, high + pad), 3 if narrow else 5)
     bottom = top + step * len(figures)
 
     def x(value: float) -> float:
@@ -86,18 +109,25 @@ def whiskers(figures: Mapping[str, Figure], what: str) -> Markup:
         parts.append(line(x(mark), top, x(mark), bottom, "grid"))
         parts.append(words(x(mark), bottom + 18, f"{100 * mark:.4g}%", "t small", text_anchor="middle"))
     for at, (name, figure) in enumerate(figures.items()):
-        y = top + step * (at + 0.5)
-        parts.append(words(left - 16, y + 4, short(name, 18), "t strong", text_anchor="end"))
-        if math.isnan(figure.value):
-            parts.append(words(left + wide + 18, y + 4, "not measured"))
+        y = top + step * (at + (0.72 if narrow else 0.5))
+        known = not math.isnan(figure.value)
+        if narrow:
+            parts.append(words(0, y - 16, fit(name, 120), "t strong"))
+            value = f"{percent(figure.value)} ({100 * figure.low:.1f} {DASH} {100 * figure.high:.1f})" if known else "not measured"
+            parts.append(words(left + wide + right, y - 16, value, text_anchor="end"))
+        else:
+            parts.append(words(left - 16, y + 4, fit(name, left - 16), "t strong", text_anchor="end"))
+        if not known:
+            parts.extend([] if narrow else [words(left + wide + 18, y + 4, "not measured")])
             continue
         parts.append(line(x(figure.low), y, x(figure.high), y, "whisker"))
         parts.extend(line(x(end), y - 5, x(end), y + 5, "whisker") for end in (figure.low, figure.high))
         parts.append(tag("circle", cx=x(figure.value), cy=float(y), r=5.5, class_="dot"))
-        parts.append(words(left + wide + 18, y + 4, percent(figure.value), "t strong"))
-        parts.append(words(left + wide + 72, y + 4, f"{100 * figure.low:.1f} {DASH} {100 * figure.high:.1f}"))
+        if not narrow:
+            parts.append(words(left + wide + 18, y + 4, percent(figure.value), "t strong"))
+            parts.append(words(left + wide + 76, y + 4, f"{100 * figure.low:.1f} {DASH} {100 * figure.high:.1f}"))
     said = "; ".join(f"{name} {percent(f.value)} ({percent(f.low)} to {percent(f.high)})" for name, f in figures.items())
-    return svg(left + wide + right, bottom + 30, f"{what} with 95% intervals: {said}", *parts)
+    return svg(left + wide + right, bottom + 30, f"{what} with 95% intervals: {said}", *parts, class_="narrow" if narrow else "")
 
 
 def reliability(bins: Sequence[Mapping[str, float]], name: str) -> Markup:
@@ -128,7 +158,7 @@ def reliability(bins: Sequence[Mapping[str, float]], name: str) -> Markup:
     parts.append(line(left, y(0), left + size, y(1), "diagonal"))
     said = ", ".join(f"{percent(b['confidence'], 0)}: {percent(b['accuracy'], 0)}" for b in bins)
     label = f"Reliability of {name} on {total:.0f} samples, accuracy at mean confidence {said}"
-    return svg(left + size + 14, base + 22, label, *parts)
+    return svg(left + size + 22, base + 22, label, *parts)
 
 
 def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], name: str) -> Markup:
@@ -137,8 +167,8 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], name: str
     n = len(matrix)
     cell = float(np.clip(380 / max(n, 1), 3, 36))
     named = n <= 30
-    names = [short(c, 12) for c in classes] if named else []
-    margin = 22 + 6.6 * max((len(c) for c in names), default=0)
+    names = [fit(c, 90, 11.5, bold=False) for c in classes] if named else []
+    margin = 22 + 7 * max((len(c) for c in names), default=0)
     left, top = margin + 8, 12 + margin * 0.72
     whole = np.maximum(matrix.sum(1, keepdims=True), 1)
     parts: list[str] = [tag("rect", x=left, y=top, width=cell * n, height=cell * n, class_="frame")]
@@ -150,10 +180,13 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], name: str
         share, count = float((matrix / whole)[i, j]), int(matrix[i, j])
         x, y = left + cell * float(j), top + cell * float(i)
         mark = "hit" if i == j else "miss"
-        opacity = f"{0.15 + 0.85 * share:.2f}" if i == j else f"{min(1.0, 0.25 + 2.5 * share):.2f}"
+        shade = 0.15 + 0.85 * share if i == j else min(1.0, 0.25 + 2.5 * share)
+        full = shade > 0.7  # no shade in between: on it neither light nor dark figures could be read
+        opacity = f"{0.88 + 0.4 * (shade - 0.7) if full else 0.77 * shade:.2f}"
         box = tag("rect", x=x + 0.5, y=y + 0.5, width=cell - 1, height=cell - 1, class_=mark, fill_opacity=opacity)
         title = [tag("title", f"{classes[i]} taken for {classes[j]}: {count} ({percent(share)})")] if named else []
-        said = [words(x + cell / 2, y + cell / 2 + 4, str(count), "on" if float(opacity) > 0.7 else "t strong", text_anchor="middle")]
+        look = ("on" if full else "t strong") + (" tight" if count > 999 else "")
+        said = [words(x + cell / 2, y + cell / 2 + 4, str(count), look, text_anchor="middle")]
         parts.append(tag("g", *title, box, *(said if cell >= 20 and count < 10_000 else [])))
     wrong = int(matrix.sum() - np.trace(matrix))
     label = f"Confusion matrix of {name}: {int(matrix.sum())} samples, {wrong} of them wrong; rows are true classes, columns predicted ones"

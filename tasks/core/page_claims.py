@@ -39,6 +39,8 @@ def effect_text(found: Record, condition: Record | None = None) -> str:
     mean, low, high = (None if shown[key] is None else scale * shown[key] for key in ("effect", "ci_low", "ci_high"))
     if low is None or high is None:
         return f"{number(mean, signed=True)}{unit} [no interval]"
+    if max(abs(low), abs(high)) >= 1e6:
+        return f"{number(mean, signed=True)}{unit} [{number(low)}, {number(high)}]"
     # two digits of what is uncertain: more would be noise
     digits = min(max(1 - math.floor(math.log10((high - low) / 2)), 0), 4) if high > low else 3
     shown_as = f"{mean:+.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -79,19 +81,20 @@ def differences(found: Record, condition: Record) -> list[float]:
     return [d / abs(theirs) if theirs else math.nan for d, theirs in known] if condition["relative"] else [d for d, _ in known]
 
 
-def forest(rows: Sequence[tuple[str, str, Record, Sequence[float]]], label: str, style: str = "") -> Markup:
+def forest(rows: Sequence[tuple[str, str, Record, Sequence[float]]], label: str, style: str = "", narrow: bool = False) -> Markup:
     """A line for each (name, text under it, condition, differences by seed): dots, mean and interval, 0 and what was asked for as marks.
 
     Each line has its own scale, since units differ: what can be compared between lines is on which side of 0 and of the mark they lie.
+    `narrow`: the words above their lines, for a phone.
     """
-    left, wide, right, step, top = 330, 400, 250, 46, 26
+    left, wide, right, step, top = (6, 268, 6, 112, 26) if narrow else (330, 400, 250, 46, 26)
     zero = left + wide * 0.3
     bottom = top + step * len(rows)
     parts: list[str] = [Markup("<style>{}</style>").format(Markup(style))] if style else []  # noqa: S704 (ours)
     parts.append(words_at(zero, top - 10, "no effect", "t small", "middle"))
-    parts.append(charts.line(zero, top - 4, zero, bottom, "axis"))
+    parts.extend([] if narrow else [charts.line(zero, top - 4, zero, bottom, "axis")])
     for at, (name, about, condition, seeds) in enumerate(rows):
-        y = top + step * (at + 0.5)
+        y = top + step * (at + (0.8 if narrow else 0.5))
         known = [
             v for v in (*(condition[key] for key in ("effect", "ci_low", "ci_high", "by")), *seeds) if v is not None and math.isfinite(v)
         ]
@@ -101,9 +104,20 @@ def forest(rows: Sequence[tuple[str, str, Record, Sequence[float]]], label: str,
         def x(value: float, scale: float = scale) -> float:
             return zero + value * scale
 
-        drawn: list[str] = [charts.line(0, y + step / 2, left + wide + right, y + step / 2, "grid")]
-        drawn.append(words_at(0, y - 2, charts.short(name, 46), "t strong", "start"))
-        drawn.append(words_at(0, y + 14, charts.short(about, 56), "t small", "start"))
+        end_of_row = top + step * (at + 1)
+        drawn: list[str] = [charts.line(0, end_of_row, left + wide + right, end_of_row, "grid")]
+        failed = f", {condition['failed']} failed" if condition["failed"] else ""
+        said = (effect_text({}, condition), condition["status"] + failed)
+        if narrow:
+            room = left + wide + right
+            drawn.append(charts.line(zero, y - 18, zero, y + 16, "axis"))
+            drawn.append(words_at(0, y - 71, charts.fit(name, room), "t strong", "start"))
+            drawn.append(words_at(0, y - 56, charts.fit(about, room, 11.5, bold=False), "t small", "start"))
+            drawn.append(words_at(0, y - 40, said[0], "t strong", "start"))
+            drawn.append(words_at(0, y - 25, said[1], "t small", "start"))
+        else:
+            drawn.append(words_at(0, y - 2, charts.fit(charts.short(name, 46), zero - 60), "t strong", "start"))
+            drawn.append(words_at(0, y + 14, charts.fit(charts.short(about, 56), zero - 30, 11.5, bold=False), "t small", "start"))
         if condition["by"]:
             drawn.append(charts.line(x(condition["by"]), y - 15, x(condition["by"]), y + 15, "cut"))
         drawn.extend(charts.tag("circle", cx=x(d), cy=float(y + 9), r=3, class_="seed") for d in seeds if math.isfinite(d))
@@ -112,12 +126,12 @@ def forest(rows: Sequence[tuple[str, str, Record, Sequence[float]]], label: str,
             drawn.append(charts.line(x(low), y - 3, x(high), y - 3, "whisker"))
             drawn.extend(charts.line(x(end), y - 8, x(end), y + 2, "whisker") for end in (low, high))
             drawn.append(charts.tag("circle", cx=x(mean), cy=float(y - 3), r=5, class_="dot"))
-        drawn.append(words_at(left + wide + 16, y - 2, effect_text({}, condition), "t strong", "start"))
-        failed = f", {condition['failed']} failed" if condition["failed"] else ""
-        drawn.append(words_at(left + wide + 16, y + 14, condition["status"] + failed, "t small", "start"))
+        if not narrow:
+            drawn.append(words_at(left + wide + 16, y - 2, said[0], "t strong", "start"))
+            drawn.append(words_at(left + wide + 16, y + 14, said[1], "t small", "start"))
         parts.append(charts.tag("g", *drawn, class_=CLASS[condition["status"]]))
-    said = "; ".join(f"{name}: {effect_text({}, condition)}, {condition['status']}" for name, _, condition, _ in rows)
-    return charts.svg(left + wide + right, bottom + 8, f"{label}: {said}", *parts)
+    told = "; ".join(f"{name}: {effect_text({}, condition)}, {condition['status']}" for name, _, condition, _ in rows)
+    return charts.svg(left + wide + right, bottom + 8, f"{label}: {told}", *parts, class_="narrow" if narrow else "")
 
 
 def words_at(x: float, y: float, text: str, class_: str, anchor: str) -> Markup:
@@ -128,8 +142,10 @@ def words_at(x: float, y: float, text: str, class_: str, anchor: str) -> Markup:
 def figure(found: Record, alone: bool = False) -> Markup:
     """All conditions of one claim. `alone`: as a file of its own, with its colours and namespace."""
     rows = [(name, f"asked: {amount(c)}", c, differences(found, c)) for name, c in found["conditions"].items()]
-    drawn = forest(rows, f"Claim of {found['method']}", STYLE if alone else "")
-    return Markup(str(drawn).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)) if alone else drawn  # noqa: S704
+    label = f"Claim of {found['method']}"
+    if not alone:
+        return forest(rows, label) + forest(rows, label, narrow=True)
+    return Markup(str(forest(rows, label, STYLE)).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))  # noqa: S704
 
 
 def render(records: Sequence[Record], cards: Mapping[str, Any], made_at: str, revision: str) -> str:
@@ -141,13 +157,14 @@ def render(records: Sequence[Record], cards: Mapping[str, Any], made_at: str, re
     rows = [
         (r["method"], f"{c['metric']}: {c['arm']} v {c['against']}", {**c, "status": r["status"]}, differences(r, c)) for r, c in headlines
     ]
+    label = "Headline effects of all claims"
     template = environment().get_template("page_claims.html.j2")
     text: str = template.render(
         records=records,
         cards=cards,
         made_at=made_at,
         revision=revision,
-        forest=forest(rows, "Headline effects of all claims") if rows else "",
+        forest=forest(rows, label) + forest(rows, label, narrow=True) if rows else "",
         figures={record["method"]: figure(record) for record in done},
         counts={status: sum(record["status"] == status for record in done) for status in CLASS},
         asked=asked,

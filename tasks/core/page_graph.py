@@ -13,10 +13,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tasks.core.page_charts import mean, short, svg, tag, words
+from tasks.core.page_charts import fit, mean, svg, tag, words
 
-WIDE, TALL, THIN = 138.0, 60.0, 8.0  # a node, and an edge where it passes a column
-ACROSS, BETWEEN = 40.0, 18.0  # room between columns, and within one
+WIDE, TALL, THIN = 142.0, 60.0, 8.0  # a node, and an edge where it passes a column
+ACROSS, BETWEEN = 30.0, 18.0  # room between columns, and within one
 TURNS = 8
 Edge = tuple[str, str]
 
@@ -193,9 +193,11 @@ def _node(box: Box, x: float, y: float) -> Markup:
         tag("title", " · ".join(part for part in (box.title, box.by, box.foot) if part)),
         tag("rect", x=left, y=top, width=WIDE, height=TALL, rx=8, class_="box"),
         tag("rect", x=left, y=top + 10, width=3, height=TALL - 20, rx=1.5, class_="edge-mark"),
-        words(left + 13, top + 23, short(box.title, 19), "t strong"),
-        words(left + 13, top + 39, short(box.by or box.kind, 21), "t small"),
+        words(left + 13, top + 23, fit(box.title, WIDE - 18), "t strong"),
+        words(left + 13, top + 39, fit(box.by or box.kind, WIDE - 15, 11.5, bold=False), "t small"),
     ]
     if box.foot:
-        parts.append(words(left + 13, top + 52, box.foot, "t tiny mono-t" if box.kind == "data" else "t tiny"))
+        parts.append(
+            words(left + 13, top + 53, fit(box.foot, WIDE - 17, 11, bold=False), "t tiny mono-t" if box.kind == "data" else "t tiny")
+        )
     return tag("g", *parts, class_=f"node n-{box.kind}")

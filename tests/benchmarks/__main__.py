@@ -6,6 +6,7 @@ Nothing here is a test: machines are noisy, so each figure is a ratio against a 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -187,6 +188,58 @@ def concurrent(place: Path) -> None:
     if postgres.binaries():
         with postgres.cluster() as address:
             rounds("PostgreSQL", "--database", address)
+
+
+def registry(place: Path) -> None:
+    """Promotion of an evaluated version, a refresh that finds nothing new, and both with 1,000 versions in the registry."""
+    folder = workspace.make(place / "registry", full_size())
+    timed([PYTHON, "-m", "flows.cli", "run"], folder)
+    timed([PYTHON, "-m", "flows.cli", "refresh"], folder)
+    show("refresh with nothing changed", f"{median([PYTHON, '-m', 'flows.cli', 'refresh'], folder, 3):.1f} s", "15 s or less")
+    flow, whole = promotion(folder)
+    show("promotion of an evaluated version: the flow", f"{flow:.2f} s", "3 s or less")
+    show("the same as a command, with Prefect's start and torch's", f"{whole:.1f} s", "")
+    thousand(folder)
+    for words in (["lineage", "digits-student/1"], ["fit", "--device", "board"], ["find-model", "--data", "data/pool:reference"]):
+        first = timed([PYTHON, "-m", "flows.cli", *words], folder)
+        again = median([PYTHON, "-m", "flows.cli", *words], folder, 3)
+        note = "2 s or less" if words[0] != "fit" else ""
+        show(f"1,000 versions: retort {words[0]} (first time {first:.1f} s)", f"{again:.2f} s", note)
+    flow, whole = promotion(folder)
+    show("1,000 versions: promotion of an evaluated version: the flow", f"{flow:.2f} s", "2 s or less")
+    imports = median([PYTHON, "-c", "import mlflow.tracking, torch, prefect"], folder, 3)
+    show("importing mlflow, torch and prefect alone", f"{imports:.2f} s", "")
+
+
+def promotion(folder: Path) -> tuple[float, float]:
+    """Seconds of the flow that promotes a version on evidence that is there, and of the whole command."""
+    command = [PYTHON, "-m", "flows.cli", "promote", "digits-teacher", "--version"]
+    timed([*command, "1"], folder)
+    timed([*command, "2"], folder)
+    began = time.perf_counter()
+    shown = timed_output([*command, "1"], folder)
+    whole = time.perf_counter() - began
+    row = next(line for line in shown.splitlines() if line.startswith("│ promote"))
+    return float(row.split("│")[4]), whole
+
+
+def thousand(folder: Path) -> None:
+    """Fill the registry up to 1,000 versions, a hundred each of ten models, each with its tags and description."""
+    from tasks.core.settings import Settings
+    from tasks.core.store import Store
+
+    os.environ.update(environment())
+    store = Store(Settings(folder))
+    model = store.version("digits-student", 1)
+    tags = dict(model.tags)
+    for at in range(10):
+        name = f"other{at}-student"
+        store.client.create_registered_model(name)
+        for _ in range(100):
+            store.client.create_model_version(name, model.source, model.run_id, tags=tags, description=model.description)
+    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    board = {"flash": "1 MiB", "ram": "256 KiB", "sensors": ["camera"]}
+    workspace.write_params(folder, {**params, "devices": {"board": board}})
 
 
 def timed_output(command: list[str], folder: Path) -> str:

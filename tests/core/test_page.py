@@ -9,217 +9,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.core import metrics, page_charts, page_graph, page_pictures
 from tasks.core import page as pages
-from tasks.core.dataset import SCHEMAS, Dataset, Writer, encode, image_column
-from tasks.core.dataset import Info as DataInfo
-from tasks.core.files import folder_md5
+from tasks.core import page_charts, page_graph, page_pictures
+from tasks.core.dataset import Dataset
 from tasks.core.metrics import Figure
-from tasks.core.page import ClassRow, Data, Gallery, Page, Picture, Scores, Stage
-
-EVIL = "<script>alert(1)</script> \"quoted\" & 'more' \u202egnp.exe\x00\nnext line"
-SHARES = {"teacher": 0.972, "student": 0.955, "unlearned": 0.966}
-REQUEST = "r-5b0e6c1d2f3a4b5c"
-
-
-def project(tiny: Dataset, folder: Path) -> Path:
-    """Data folders as the stages leave them, made of the tiny pool: a third of the train captions is wrong, one of them is hostile."""
-    rng = np.random.default_rng(0)
-    names, labels, images = tiny.info.classes, tiny.labels(), tiny.images()
-    splits = tiny.column("split").to_pylist()
-    clean = np.array([s != "train" or rng.random() > 0.33 for s in splits])
-    said = [names[k] if good else names[(k + 3) % 10] for k, good in zip(labels, clean, strict=True)]
-    captions = [f"a photo of the digit {name}" for name in said]
-    wrong = np.flatnonzero(~clean)
-    captions[wrong[0]] = EVIL
-    rows = {
-        "sample_id": tiny.ids(),
-        "image": image_column(encode(images)),
-        "label": labels,
-        "caption": captions,
-        "split": splits,
-        "parents": pa.array([[]] * len(labels), pa.list_(pa.string())),
-        "_clean": clean,
-    }
-    with Writer(folder / "pool", replace(tiny.info, made_by={"method": "pool.read"})) as out:
-        out.write(pa.table(rows, SCHEMAS["image"]))
-    train = np.flatnonzero(np.array(splits) == "train")
-    scores = np.where(clean[train], 0.45, 0.1) + rng.normal(0, 0.12, len(train))
-    scores[train == wrong[0]] = -0.9
-    kept = scores > np.quantile(scores, 0.4)
-    order = rng.permutation(len(train))  # verdicts need not stand in the pool's order
-    judged = {"sample_id": [tiny.ids()[i] for i in train[order]], "score": scores[order], "kept": kept[order], "reason": [""] * len(train)}
-    info = DataInfo("verdicts", of={"path": "../pool", "md5": folder_md5(folder / "pool")}, name="digits", made_by={"method": "filter.dfn"})
-    with Writer(folder / "filtered", info) as out:
-        out.write(pa.table(judged, SCHEMAS["verdicts"]))
-    few = np.sort(train[:50])
-    learned = {
-        "sample_id": [f"condensed-{i}" for i in range(50)],
-        "image": image_column(encode(images[few])),
-        "label": labels[few],
-        "caption": [None] * 50,
-        "split": ["train"] * 50,
-        "parents": [["d00001"]] * 50,
-        "pixels": [[0.0]] * 50,
-        "target": [[0.0]] * 50,
-    }
-    with Writer(folder / "condensed", replace(tiny.info, schema="condensed", made_by={"method": "condense.krr_st"})) as out:
-        out.write(pa.table(learned, SCHEMAS["condensed"]))
-    made = np.concatenate([np.flatnonzero(labels == k)[:6] for k in range(10)])
-    noise = rng.integers(-40, 40, (60, 1, 8, 8))
-    generated = {
-        **{name: [values[i] for i in made] for name, values in rows.items() if name not in ("image", "sample_id")},
-        "sample_id": [f"generated-{i}" for i in range(60)],
-        "image": image_column(encode(np.clip(images[made] + noise, 0, 255).astype(np.uint8))),
-        "parents": [["d00002"]] * 60,
-        "_clean": [None] * 60,
-    }
-    with Writer(folder / "generated", replace(tiny.info, made_by={"method": "generate.datadream"})) as out:
-        out.write(pa.table(generated, SCHEMAS["image"]))
-    return folder
-
-
-def evidence(n: int = 360) -> tuple[dict[str, dict[str, Figure]], dict[str, Any]]:
-    rng = np.random.default_rng(1)
-    figures: dict[str, dict[str, Figure]] = {}
-    details: dict[str, Any] = {"classes": [f"digit {k}" for k in range(10)], "rows": n}
-    details.update(confusion={}, reliability={})
-    labels = rng.integers(0, 10, n)
-    for at, (name, share) in enumerate(SHARES.items()):
-        hits = rng.random(n) < share
-        predicted = np.where(hits, labels, (labels + rng.integers(1, 10, n)) % 10)
-        confidence = np.clip(np.where(hits, rng.beta(9, 1, n), rng.beta(4, 3, n)), 0.1, 1)
-        figures[name] = {
-            "accuracy": metrics.share(hits),
-            "worst_class_accuracy": metrics.share(hits[labels == 8]),
-            "ece": metrics.calibration_error(confidence, hits, draws=50),
-            "nll": metrics.mean(-np.log(np.where(hits, confidence, 1 - confidence + 1e-3)), draws=50),
-            "latency_ms_b1": Figure.exact(0.21 + at / 10),
-            "latency_ms_b64": Figure.exact(1.7 + at),
-            "parameters": Figure.exact([26122, 6890, 26122][at]),
-            "size_bytes": Figure.exact([104976, 27560, 104976][at]),
-        }
-        details["confusion"][name] = metrics.confusion(labels, predicted, 10).tolist()
-        details["reliability"][name] = metrics.reliability(confidence, hits)
-    return figures, details
-
-
-def forgetting(void: bool = False) -> tuple[dict[str, dict[str, Figure]], dict[str, Any]]:
-    values = {
-        "original": (0.0, 99.8, 97.2, 0.0, 7.7, 0.52),
-        "unlearned": (10.0, 99.1, 96.6, 10.0, 2.4, 0.55),
-        "retrain": (20.0, 99.8, 97.0, 10.0, 0.0, 0.57),
-        "finetune": (0.0, 99.9, 97.3, 0.0, 7.6, 0.52),
-    }
-    figures = {
-        name: {
-            **{k: Figure(v, max(0.0, v - 3), min(100.0, v + 3)) for k, v in zip(("ua", "ra", "ta", "mia"), row, strict=False)},
-            "avg_gap": Figure.exact(row[4]),
-            "zrf": Figure(row[5], row[5] - 0.02, row[5] + 0.02),
-            "void": Figure.exact(float(void)),
-        }
-        for name, row in values.items()
-    }
-    said = "retraining moves UA by 20.0 points on 10 rows, 18.0 are needed: the comparison is meaningful"
-    return figures, {"rows": {"forget": 10, "retain": 1161, "test": 360}, "void": said}
-
-
-def trees() -> list[dict[str, Any]]:
-    def node(kind: str, name: str, id_: str, by: str, *inputs: dict[str, Any]) -> dict[str, Any]:
-        return {"kind": kind, "name": name, "id": id_, "made_by": by, "inputs": list(inputs)}
-
-    pool = node("data", "data/pool", "7f3a90cc.dir", "pool", node("source", "digits", "digits", ""))
-    filtered = node("data", "data/filtered", "a81be02f.dir", "filter.dfn", pool)
-    rejected = {**filtered, "name": "data/filtered (rejected rows)"}
-    generated = node("data", "data/generated", "0c44d1e9.dir", "generate.datadream", pool, filtered)
-    condensed = node("data", "data/condensed", "5f6e7d8c.dir", "condense.krr_st", pool, filtered)
-    teacher = node("model", "teacher", "m-teacher1", "train.supervised", filtered, generated)
-    student = node("model", "digits-student/1", "m-student1", "distill.ssld", teacher, filtered, rejected)
-    view = {"name": f"data/filtered (only {REQUEST})"}, {"name": f"data/filtered (without {REQUEST})"}
-    unlearned = node("model", "digits-teacher/2", "m-teacher2", "unlearn.l1_sparse", teacher, *({**filtered, **v} for v in view), generated)
-    return [student, unlearned, condensed]
-
-
-def decisions(*, student: bool = True) -> list[dict[str, Any]]:
-    def rule(
-        name: str, passed: bool, value: float, reason: str, champion: float | None = None, low: float = 0, high: float = 0
-    ) -> dict[str, Any]:
-        low, high = (low, high) if champion is not None else (value, value)
-        return {"rule": name, "passed": passed, "candidate": value, "champion": champion, "low": low, "high": high, "reason": reason}
-
-    first = [
-        rule(
-            "accuracy at least 0.5",
-            student,
-            0.955 if student else 0.41,
-            "accuracy misses at least 0.5" if not student else "accuracy is met",
-        ),
-        rule("ece at most 0.2", True, 0.031, "ece 0.0310 meets at most 0.2"),
-    ]
-    second = [*first[1:], rule("accuracy within 0.02 of champion", True, 0.966, "not worse than the champion", 0.972, -0.0167, 0.0056)]
-
-    def verdict(rules: list[dict[str, Any]], against: int | None) -> dict[str, Any]:
-        met = all(r["passed"] for r in rules)
-        basis = {"evidence": "e1", "gate": "registry.gate", "settings": {}, "against": against}
-        return {"promote": met, "reason": "; ".join(r["reason"] for r in rules), "rules": rules, "basis": basis}
-
-    return [
-        {"name": "digits-student", "version": 1, "promoted": student, "verdict": verdict(first, None)},
-        {"name": "digits-teacher", "version": 2, "promoted": True, "verdict": verdict(second, 1)},
-    ]
-
-
-def example(folder: Path, **changes: Any) -> Page:
-    """A page of made-up evidence on the data folders of `project`."""
-    figures, details = evidence()
-    forgot, forgot_details = forgetting()
-    pool = Dataset.open(folder / "pool")
-    rows, scores = page_pictures.judged(folder / "pool", folder / "filtered")
-    made = Dataset.open(folder / "generated")
-    stage = [
-        Stage("pool", "digits", "", False, 1.4, "1,797 rows, 0 set aside"),
-        Stage("filter", "dfn", "Data Filtering Networks (2023), arXiv 2309.17425", False, 9.1, "60% kept, 95.8% clean (pool 70.0%)"),
-        Stage("train", "train.supervised", "", True, 6.2, "version 1, 26,122 parameters"),
-    ]
-    whole = Page(
-        name="digits",
-        made_at="2026-10-30 12:00 UTC",
-        revision="9c2bb04f1a2b+",
-        decisions=decisions(),
-        trees=trees(),
-        titles={"m-teacher1": "digits-teacher 1", "m-teacher2": "digits-teacher 2", "m-student1": "digits-student 1"},
-        aliases={"m-student1": ["digits-student@champion"], "m-teacher2": ["digits-teacher@champion"]},
-        stages=stage,
-        figures=figures,
-        details=details,
-        about={"student": "digits-student 1, distill.ssld"},
-        promoted=["student", "unlearned"],
-        forgetting=forgot,
-        forgetting_details=forgot_details,
-        seconds={"original": 6.2, "unlearned": 1.1, "finetune": 2.4, "retrain": 6.0},
-        request=REQUEST,
-        scores=scores,
-        galleries=[
-            page_pictures.from_pool(pool, 16),
-            *page_pictures.extremes(rows, scores, 16),
-            page_pictures.condensed(Dataset.open(folder / "condensed"), 60),
-        ],
-        class_rows=page_pictures.by_class(pool.split("reference"), made, 5, 20),
-        class_rows_of=10,
-        data=[
-            Data("data/pool", "7f3a90cc41d5e6f708192a3b4c5d6e7f.dir", 1797, "pool.read", {"rows": 1797.0, "quarantined": 0.0}),
-            Data("data/filtered", "a81be02f41d5e6f708192a3b4c5d6e7f.dir", 1294, "filter.dfn", {"auroc": 0.9534, "kept_precision": 0.9582}),
-        ],
-        evidence={"evidence": "0a1b2c3d4e5f", "student": "m-student1"},
-        settings="# What the project is set to.\nseed: 0\npool:\n  source: parquet:https://me:secret@host/x.parquet?sig=abc\n",
-        versions={"Python": "3.11.2", "torch": "2.13.0"},
-    )
-    return replace(whole, **changes)
+from tasks.core.page import ClassRow, Gallery, Page, Picture, Scores, Stage
+from tests.pages.examples import EVIL, REQUEST, decisions, example, forgetting, project, trees
 
 
 @pytest.fixture(scope="module")
@@ -518,7 +317,7 @@ def test_confusion_draws_what_happened_and_counts_what_is_wrong() -> None:
     assert [len(parts(svg, "rect", look)) for look in ("hit", "miss")] == [2, 1]
     assert [e.text for e in parts(svg, "text")][-3:] == ["3", "1", "4"]
     assert "8 samples, 1 of them wrong" in svg
-    assert [e.get("fill-opacity") for e in parts(svg, "rect", "hit")] == ["0.79", "1.00"]
+    assert [e.get("fill-opacity") for e in parts(svg, "rect", "hit")] == ["0.92", "1.00"]
 
 
 def test_confusion_of_many_classes_stays_small() -> None:

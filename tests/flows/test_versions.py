@@ -14,6 +14,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import yaml
 
 from flows import _promotion
 from flows._server import free_port, wait_for
@@ -46,6 +47,11 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 """
+
+
+def words(shown: str) -> str:
+    """What is on the screen, tables and line breaks taken out."""
+    return " ".join(shown.replace("│", " ").split())
 
 
 def test_mlflow_serves_the_champion_to_a_client_with_real_images(finished: Path, tmp_path: Path) -> None:
@@ -102,16 +108,16 @@ def test_a_gate_may_ask_for_shifts_forgetting_and_compatible_embeddings(copy: Pa
     ran = workspace.retort(copy, "distill")
     assert ran.returncode == 0, ran.stdout
     student = workspace.retort(copy, "promote", "digits-student")
-    assert "refused: ua was not measured; measured: " in " ".join(student.stdout.split()), student.stdout
+    assert "refused: ua was not measured; measured: " in words(student.stdout), student.stdout
     change(copy, "registry", rules={name: {**bounds, "optional": True} for name, bounds in rules.items()})
-    assert "version 2 is champion" in " ".join(workspace.retort(copy, "promote", "digits-student").stdout.split())
+    assert "version 2 is champion" in words(workspace.retort(copy, "promote", "digits-student").stdout)
     reasons = verdict(copy, "digits-student", 2)["reason"]
     assert "shifted_accuracy not worse than the champion's by 1: gain" in reasons
     assert "its embeddings serve the champion's gallery" in reasons
     assert "accuracy_late" in reasons
 
     # version 2 of the teacher was unlearned: its gap to a retrained one is known, and on these few rows void
-    assert "version 1 is champion" in " ".join(workspace.retort(copy, "promote", "digits-teacher", "--version", "1").stdout.split())
+    assert "version 1 is champion" in words(workspace.retort(copy, "promote", "digits-teacher", "--version", "1").stdout)
     workspace.retort(copy, "promote", "digits-teacher", "--version", "2")
     found = {rule["rule"]: rule for rule in verdict(copy, "digits-teacher", 2)["rules"]}
     assert 0 <= found["ua at most 101"]["candidate"] <= 100
@@ -130,9 +136,61 @@ def test_a_champion_on_other_classes_is_not_compared(copy: Path) -> None:
     _promotion.move(settings, store, "digits-student", 2, 1, "promoting", "for a test")
     ran = workspace.retort(copy, "promote", "digits-student", "--version", "1")
     assert ran.returncode == 0, ran.stdout
-    assert "refused: it knows other classes than champion version 2" in " ".join(ran.stdout.split())
-    assert verdict(copy, "digits-student", 1)["promote"] is False
+    assert "refused: it knows other classes" in words(ran.stdout)
+    judged = verdict(copy, "digits-student", 1)
+    assert judged["promote"] is False
+    assert judged["reason"].startswith(
+        "it knows other classes than champion version 2 (zero, one, two, three and 6 more against zero, one, two)"
+    )
     assert store.aliases("digits-student")["champion"] == 2
+
+
+def test_refresh_does_the_work_once_and_again_only_when_the_data_is_another(copy: Path) -> None:
+    first = workspace.retort(copy, "refresh")
+    assert "the models follow this data already" in words(first.stdout)
+    assert "Everything was up to date" in first.stdout
+    change(copy, "distill", steps=3)  # settings alone are no reason to train at night
+    assert "Everything was up to date" in workspace.retort(copy, "refresh").stdout
+    change(copy, "filter", keep=0.5)
+    after = workspace.retort(copy, "refresh")
+    assert after.returncode == 0, after.stdout
+    assert "digits-teacher version 3" in words(after.stdout)
+    assert "Everything was up to date" in workspace.retort(copy, "refresh").stdout
+
+
+def test_versions_that_went_on_from_one_start_can_be_averaged_and_others_not(copy: Path) -> None:
+    for seed in (1, 2):
+        params = yaml.safe_load((copy / "params.yaml").read_text())
+        workspace.write_params(copy, {**params, "seed": seed, "recipe": {"steps": 10, "lr": 0.01}})
+        ran = workspace.retort(copy, "train", "--data", "data/pool:reference", "--start", "digits-teacher/1")
+        assert ran.returncode == 0, ran.stdout
+    ran = workspace.retort(copy, "combine", "soups", "digits-teacher/3", "digits-teacher/4")
+    assert ran.returncode == 0, ran.stdout
+    assert "digits-teacher version 5" in words(ran.stdout)
+    tree = json.loads(workspace.retort(copy, "lineage", "digits-teacher/5", "--json").stdout)
+    assert [child["made_by"] for child in tree["inputs"] if child["kind"] == "model"] == ["train.supervised"] * 2
+    other = workspace.retort(copy, "combine", "soups", "digits-teacher/3", "digits-student/1")
+    assert other.returncode == 2
+    none = workspace.retort(copy, "combine", "soups")
+    assert "soups needs versions: name each as NAME@alias or NAME/version" in words(none.stdout)
+
+
+def test_the_versions_that_fit_a_device_are_named_and_why_the_others_do_not(copy: Path) -> None:
+    params = yaml.safe_load((copy / "params.yaml").read_text())
+    none = workspace.retort(copy, "fit")
+    assert none.returncode == 2
+    assert "describes no device: add 'devices:'" in none.stderr
+    small = {"flash": "1 MiB", "ram": "64 KiB", "sensors": ["camera"]}
+    workspace.write_params(copy, {**params, "devices": {"board": small, "clock": {**small, "sensors": ["thermometer"]}}})
+    found = json.loads(workspace.retort(copy, "fit", "--device", "board", "--json").stdout)
+    assert {place["version"] for place in found["fit"]} == {"digits-student/1", "digits-teacher/1", "digits-teacher/2"}
+    assert all("accuracy 0." in place["reason"] for place in found["fit"]), found
+    found = json.loads(workspace.retort(copy, "fit", "--device", "clock", "--json").stdout)
+    assert found["fit"] == []
+    assert "sensor" in found["unfit"]["digits-student/1"][0]
+    wrong = workspace.retort(copy, "fit", "--device", "watch")
+    assert wrong.returncode == 2
+    assert "board" in wrong.stderr
 
 
 def verdict(folder: Path, name: str, version: int) -> dict:

@@ -7,9 +7,14 @@ import os
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -116,6 +121,61 @@ def test_a_command_uses_them_and_a_killed_one_is_started_anew(served: Path) -> N
     assert code == 0
     assert after["mlflow"]["url"] == before["mlflow"]["url"]
     assert {name for name in after if after[name]["pid"] != before[name]["pid"]} == {"mlflow"}
+
+
+def ask(folder: Path, path: str, body: dict | None = None) -> Any:
+    url = read_servers(Settings(folder))["servers"]["prefect"]["url"]
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(f"{url}{path}", data, {"Content-Type": "application/json"}), timeout=30) as answer:
+        return json.load(answer)
+
+
+def until(seconds: float, found: Callable[[], Any]) -> Any:
+    end = time.monotonic() + seconds
+    while not (value := found()) and time.monotonic() < end:
+        time.sleep(0.5)
+    return value
+
+
+def test_a_deployment_runs_in_the_project_and_its_page_leads_to_mlflow_and_back(served: Path) -> None:
+    deployment = ask(served, "/deployments/name/train/by-hand")["id"]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(served, f"/deployments/{deployment}/create_flow_run", {"parameters": {"data": []}})
+    assert refused.value.code in (409, 422)
+    run = ask(served, f"/deployments/{deployment}/create_flow_run", {"parameters": {"data": ["data/filtered", "data/pool:reference"]}})[
+        "id"
+    ]
+    done = until(120, lambda: (now := ask(served, f"/flow_runs/{run}"))["state_type"] in ("COMPLETED", "FAILED", "CRASHED") and now)
+    assert done, "the worker did not bring the run to an end"
+    assert done["state_type"] == "COMPLETED", done["state"]
+    artifacts = {one["key"]: one for one in ask(served, "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})}
+    assert artifacts.keys() == {"progress", "stages", "mlflow"}
+    assert artifacts["progress"]["data"] == 100
+    assert json.loads(artifacts["stages"]["data"])[0]["method"] == "train.supervised"
+    mlflow = read_servers(Settings(served))["servers"]["mlflow"]["url"]
+    assert f"({mlflow}/#/experiments/" in artifacts["mlflow"]["data"]
+    with sqlite3.connect(f"file:{served}/.retort/mlflow.db?mode=ro", uri=True) as opened:
+        pages = [row[0] for row in opened.execute("SELECT value FROM model_version_tags WHERE key = 'retort.flow_run'")]
+    prefect = read_servers(Settings(served))["servers"]["prefect"]["url"].removesuffix("/api")
+    assert f"{prefect}/runs/flow-run/{run}" in pages
+
+
+def test_an_automation_answers_a_refusal_with_a_notice(served: Path) -> None:
+    code = (
+        "from prefect.events import emit_event; from flows import _runs\n"
+        "facts = {'name': 'm', 'version': 3, 'reason': 'ece'}\n"
+        "emit_event(_runs.REFUSED, resource={'prefect.resource.id': 'retort.model.m'}, payload=facts)\n"
+        "from prefect.events.worker import EventsWorker\n"
+        "EventsWorker.instance().drain()\n"
+    )
+    url = read_servers(Settings(served))["servers"]["prefect"]["url"]
+    env = {**workspace.environment(), "PREFECT_API_URL": url}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=served, env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    notices = served / ".retort" / "notices.jsonl"
+    assert until(90, notices.exists), "no automation reacted"
+    told = json.loads(notices.read_text().splitlines()[-1])
+    assert (told["event"], told["about"], told["reason"]) == ("retort.gate.refused", "m version 3", "ece")
 
 
 def test_down_ends_every_process_and_the_files_remain(served: Path) -> None:
