@@ -67,7 +67,98 @@ class ConvNet(Net):
         return features
 
 
-KINDS: dict[str, type[Net]] = {"convnet": ConvNet}
+class Simplex(ConvNet):
+    """`ConvNet`, then a linear map to an embedding of K - 1 values, then a last layer that is fixed: vertices of a regular simplex.
+
+    arch besides that of `ConvNet`: `vertices` (K), `names` (class names by label) and `table` (the vertex of each class name; it may hold
+    classes that are no longer told apart, so that their vertices stay taken).
+    """
+
+    def __init__(self, arch: dict[str, Any]) -> None:
+        super().__init__(arch)
+        size = arch["vertices"] - 1
+        self.embed = nn.Linear(arch["hidden"], size, bias=False)
+        self.head = nn.Linear(size, arch["classes"], bias=False)
+        self.head.weight = nn.Parameter(simplex(arch["vertices"])[[arch["table"][name] for name in arch["names"]]], requires_grad=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.embed(super().features(images))
+        return features
+
+
+def simplex(vertices: int) -> Tensor:
+    """The K vertices (K, K - 1) of a regular simplex around 0: of length 1, the cosine of any two is -1 / (K - 1).
+
+    Raises ValueError for fewer than two.
+    """
+    if vertices < 2:
+        raise ValueError(f"a simplex needs two vertices or more, got {vertices}")
+    size = vertices - 1
+    last = torch.full((1, size), (1 - (1 + size) ** 0.5) / size, dtype=torch.float64)
+    corners = torch.cat([torch.eye(size, dtype=torch.float64), last])
+    corners = corners - corners.mean(0)
+    placed: Tensor = corners / corners.norm(dim=1, keepdim=True)
+    return placed.float()
+
+
+class Stitched(Net):
+    """Several `ConvNet`s without normalisation in one: a path is one of them whole, or the first blocks of one, a stitch, and the last
+    blocks of the next.
+
+    arch: `anchors` (their archs, the cheapest first); `stitches`, each with `anchor` a, `after` block j of it, `into` block k of anchor
+    a + 1, and `shapes` (what block j gives, what block k takes); `points`, the paths, each with `name`, `flops`, the `anchor` that it
+    begins in and `stitch` (its position, or None); `point`, the path where a call names none. A net's last block is its hidden layer.
+    A call leaves nothing behind on the network: calls at the same time may take different paths.
+    """
+
+    def __init__(self, arch: dict[str, Any]) -> None:
+        super().__init__(arch)
+        self.anchors = nn.ModuleList([build(anchor) for anchor in arch["anchors"]])
+        self.stitches = nn.ModuleList([_stitch(*stitch["shapes"]) for stitch in arch["stitches"]])
+
+    @property
+    def head(self) -> nn.Linear:  # type: ignore[override]
+        """The last layer of the path that is taken where a call names none."""
+        head: nn.Linear = self._path(None)[-1].head
+        return head
+
+    def features(self, images: Tensor, point: int | None = None) -> Tensor:
+        """Features (N, D) of images (N, C, H, W) before the last layer of a path. Raises ValueError where there is no such path."""
+        first, *rest = self._path(point)
+        features: Tensor = ((images - first.mean) / first.std).to(memory_format=torch.channels_last)
+        if not rest:
+            features = first.body(features)
+            return features
+        at = self.arch["points"][self.arch["point"] if point is None else point]["stitch"]
+        stitch = self.arch["stitches"][at]
+        # a block is a convolution, a pooling and a ReLU
+        features = first.body[: 3 * (stitch["after"] + 1)](features)
+        features = rest[0].body[3 * stitch["into"] :](self.stitches[at](features))
+        return features
+
+    def forward(self, images: Tensor, point: int | None = None) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W) in [0, 1], by a path of `points`. Raises ValueError where there is no such path."""
+        logits: Tensor = self._path(point)[-1].head(self.features(images, point))
+        return logits
+
+    def _path(self, point: int | None) -> list[Any]:
+        points = self.arch["points"]
+        at = self.arch["point"] if point is None else point
+        if not 0 <= at < len(points):
+            raise ValueError(f"there is no point {at}; points are 0 to {len(points) - 1}")
+        first = points[at]["anchor"]
+        return [self.anchors[first]] if points[at]["stitch"] is None else [self.anchors[first], self.anchors[first + 1]]
+
+
+def _stitch(given: list[int], taken: list[int]) -> nn.Module:
+    """A linear map between activations of these shapes: of channels where height and width are the same, else of all values."""
+    if len(given) == len(taken) == 3 and given[1:] == taken[1:]:
+        return nn.Conv2d(given[0], taken[0], 1)
+    flat = nn.Linear(torch.Size(given).numel(), torch.Size(taken).numel())
+    return nn.Sequential(nn.Flatten(), flat, nn.Unflatten(1, tuple(taken)))
+
+
+KINDS: dict[str, type[Net]] = {"convnet": ConvNet, "simplex": Simplex, "stitched": Stitched}
 
 
 def build(arch: dict[str, Any]) -> Net:

@@ -148,13 +148,16 @@ class Store:
         import mlflow.pyfunc
         import numpy as np
         from mlflow.models import Model, ModelSignature
-        from mlflow.types import Schema, TensorSpec
+        from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
         from safetensors.torch import save_file
 
         from tasks.core import networks
 
         shape = tuple(net.arch["shape"])
+        # a network with several paths: each request may name its own
+        point = [ParamSpec("point", DataType.long, int(net.arch["point"]))] if "points" in net.arch else []
         signature = ModelSignature(
+            params=ParamSchema(point) if point else None,  # type: ignore[arg-type]
             inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, *shape))]),
             outputs=Schema([TensorSpec(np.dtype("float32"), (-1, int(net.arch["classes"])))]),
         )
@@ -238,9 +241,34 @@ class Store:
         """Set a version's description, which MLflow's page shows as Markdown."""
         self.client.update_model_version(name, str(version), description=text)
 
+    def tag(self, name: str, version: int, key: str, value: str) -> None:
+        """Set a tag of a version."""
+        self.client.set_model_version_tag(name, str(version), key, value)
+
     def version_of(self, name: str, ref: ModelRef) -> int | None:
         """The version of `name` that holds this model, or None."""
-        return next((int(v.version) for v in self.versions(name) if v.tags["retort.model"] == ref.model_id), None)
+        found = self.client.search_model_versions(f"name = '{name}' and tags.`retort.model` = '{ref.model_id}'", max_results=1)
+        return int(found[0].version) if found else None
+
+    def version(self, name: str, number: int) -> Any:
+        """One version that this project's flows made, or None."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self.client.get_model_version(name, str(number))
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return found if "retort.model" in found.tags else None
+
+    def newest(self, name: str) -> int | None:
+        """The newest version that this project's flows made, or None."""
+        # of versions alone: others may have put some there that are not ours
+        for found in self.client.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"], max_results=100):
+            if "retort.model" in found.tags:
+                return int(found.version)
+        return None
 
     def versions(self, name: str) -> list[Any]:
         """The versions of a registered model that this project's flows made, the oldest first; none for an unknown name."""
@@ -262,7 +290,12 @@ class Store:
 
     def names(self) -> list[str]:
         """Names of the registered models, sorted."""
-        return sorted(model.name for model in self.client.search_registered_models())
+        names, token = [], None
+        while True:
+            page = self.client.search_registered_models(page_token=token)
+            names += [model.name for model in page]
+            if not (token := page.token):
+                return sorted(names)
 
     def aliases(self, name: str) -> dict[str, int]:
         """Aliases of a registered model and the versions that they stand for."""
@@ -309,11 +342,11 @@ class Store:
             raise UserError(f"there is no registered model {name!r}; there are: {', '.join(self.names()) or 'none, run `retort run`'}")
         aliases = self.aliases(name)
         number = aliases.get(str(version), int(version) if str(version).isdigit() else None)
-        for found in self.versions(name):
-            if int(found.version) == number:
-                tags = found.tags
-                return ModelRef(model_id=tags["retort.model"], run_id=tags["retort.run"], sha256=tags["retort.sha256"])
-        known = [*aliases, *(str(found.version) for found in self.versions(name))]
+        found = self.version(name, number) if number is not None else None
+        if found is not None:
+            tags = found.tags
+            return ModelRef(model_id=tags["retort.model"], run_id=tags["retort.run"], sha256=tags["retort.sha256"])
+        known = [*aliases, *(str(found.version) for found in self.versions(name)[-20:])]
         raise UserError(f"{name} has no version or alias {version!r}; it has {', '.join(known)}")
 
     def experiment(self, name: str = EXPERIMENT) -> str:
