@@ -19,6 +19,7 @@ def fit(device: str, task: str, names: tuple[str, ...]) -> tuple[Ranking, dict[s
     Raises UserError where params.yaml describes no device, or not this one.
     """
     from tasks.registry import semantic_management as semantic
+    from tasks.registry._graph import graph
 
     here = session()
     devices = read_params(here.settings).get("devices") or {}
@@ -30,7 +31,7 @@ def fit(device: str, task: str, names: tuple[str, ...]) -> tuple[Ranking, dict[s
     fits = {place.version for place in ranking.places}
     chosen = devices[semantic.one_device(devices, device)]
     others = {name: semantic.why_not(facts, chosen, task) for name, facts in versions.items() if name not in fits}
-    return ranking, others, semantic.graph(versions, devices)
+    return ranking, others, graph(versions, devices)
 
 
 def facts_of(store: Store, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ def fit(
 ) -> None:
     """Say which versions run on a device: flash, RAM, sensors, task."""
     from flows import _find
-    from tasks.registry.semantic_management import turtle as as_turtle
+    from tasks.registry._graph import turtle as as_turtle
 
     with _asking():
         ranking, others, graph = _find.fit(device, task, tuple(names or ()))
