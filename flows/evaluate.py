@@ -10,7 +10,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows._evidence import ABOUT, TEST
-from flows._registry import find_model, model_name, run_of
+from flows._registry import describe, find_model, model_name, run_of
 from flows._runs import shown
 from flows._session import session, step
 from flows._types import Folder, Models, Name, Version
@@ -44,6 +44,9 @@ def evaluate(models: dict[str, ModelRef] | None = None, names: Models = (), data
         figures = read_evidence(here.store, done.ref).figures
         best = ", ".join(f"{name} {by['accuracy'].value:.1%}" for name, by in figures.items())
         here.record("evaluate", method, done.cached, done.seconds, best, run_of(done))
+        for ref in models.values() if not done.cached else ():
+            for name, version in here.store.versions_of(ref):
+                describe(name, version)
     return done
 
 

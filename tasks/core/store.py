@@ -250,6 +250,11 @@ class Store:
         found = self.client.search_model_versions(f"name = '{name}' and tags.`retort.model` = '{ref.model_id}'", max_results=1)
         return int(found[0].version) if found else None
 
+    def versions_of(self, ref: ModelRef) -> list[tuple[str, int]]:
+        """Every version that holds this model, as name and number."""
+        found = self.client.search_model_versions(f"tags.`retort.model` = '{ref.model_id}'")
+        return [(version.name, int(version.version)) for version in found]
+
     def version(self, name: str, number: int) -> Any:
         """One version that this project's flows made, or None."""
         from mlflow.exceptions import MlflowException
