@@ -41,6 +41,24 @@ def fit(
     _end()
 
 
+def find_model(
+    data: Annotated[str, typer.Option(help="Rows of the new task: a folder of the project, folder:split, or parquet:PATH, folder:PATH.")],
+    names: Names = None,
+    top: Annotated[int, typer.Option(min=1, help="How many to show.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Rank the registry's versions for a new task, without running them on it."""
+    from flows import _find
+
+    with _asking():
+        ranking = _find.find_model(data, tuple(names or ()))
+    if as_json:
+        print(json.dumps([place.__dict__ for place in ranking.places], indent=1))  # noqa: T201
+    else:
+        _table(("version", "score", "why"), [(p.version, f"{p.score:.3f}", p.reason) for p in ranking.places[:top]], "No version fits.")
+    _end()
+
+
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], none: str = "") -> None:
     from rich.console import Console
     from rich.table import Table
