@@ -128,6 +128,8 @@ class Session:
         mode = self.params("registry").get("mode", "enforce")
         if mode not in MODES:
             raise UserError(f"{self.settings.params}: 'registry.mode' must be one of {', '.join(MODES)}, not {mode!r}")
+        for name in read_params(self.settings).get("combine") or {}:
+            catalog.card(f"registry.{name}")
         for name, found in self.params("references").items():
             if name != "finetune" or not isinstance(found, dict):
                 raise UserError(f"{self.settings.params}: 'references:' knows 'finetune:' and its settings, not {name!r}: {found!r}")

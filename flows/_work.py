@@ -22,6 +22,7 @@ from tasks.core.settings import Settings
 from tasks.core.step import preload
 from tasks.core.store import Store
 
+SHOWN = 20  # versions of a model in the closing lines
 DIRECT = ("promote",)  # flows that may be done without Prefect, where no server runs that would show them
 DATA_FIRST = ("lifecycle", "curate")  # flows that begin with the data stages
 
@@ -135,6 +136,7 @@ def _close(here: Session, console: Console, result: Any, ran: bool, seconds: flo
                 stands = [alias for alias in ("champion", "candidate") if aliases.get(alias) == int(version.version)][:1]
                 listed.append(f"{version.version}{''.join(f' ({alias})' for alias in stands)}")
             if listed:
-                console.print(f"{escape(name)}: versions {', '.join(listed)}", highlight=False)
+                more = f"{len(listed) - SHOWN:,} older ones and " if len(listed) > SHOWN else ""
+                console.print(f"{escape(name)}: versions {more}{', '.join(listed[-SHOWN:])}", highlight=False)
         console.print(f"report: {result}", highlight=False, soft_wrap=True)
         console.print("pages:  retort ui", highlight=False)
