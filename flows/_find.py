@@ -60,7 +60,8 @@ def find_model(data: str, names: tuple[str, ...]) -> Ranking:
         raise UserError("there is no registered model to ask about: make one with 'retort run'")
     matcher, vectors = _index(versions)
     with _rows(data) as rows:
-        return know2vec.rank({spec: vectors[ref.sha256] for spec, ref in versions.items()}, matcher.query(rows))
+        known = {spec: vectors[ref.sha256] for spec, ref in versions.items() if len(vectors[ref.sha256])}
+        return know2vec.rank(known, matcher.query(rows))
 
 
 def _index(versions: dict[str, ModelRef]) -> tuple[Any, dict[str, Any]]:
@@ -88,7 +89,9 @@ def _index(versions: dict[str, ModelRef]) -> tuple[Any, dict[str, Any]]:
     missing = {ref.sha256: ref for ref in versions.values() if ref.sha256 not in known}
     for at, (sha256, ref) in enumerate(missing.items(), 1):
         say(f"asking model {at} of {len(missing)} what it knows, once")
-        known[sha256] = matcher.knowledge(here.store.load_net(ref))
+        net = here.store.load_net(ref)
+        fits = tuple(net.arch["shape"]) == matcher.shape  # one for images of another shape has no vector, and is never named
+        known[sha256] = matcher.knowledge(net) if fits else np.zeros(0, np.float32)
     if missing:
         _save(place / "vectors.npz", known)
     return matcher, known

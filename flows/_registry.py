@@ -47,7 +47,7 @@ def find_model(spec: str) -> ModelRef:
     store = session().store
     name, _, which = spec.partition("@") if "@" in spec else spec.partition("/")
     if not which:
-        newest = store.newest(name) if store.known(name) else None
+        newest = store.newest(name)
         if newest is None:
             known = ", ".join(store.names()) or "none yet: make one with 'retort run'"
             raise UserError(f"there is no registered model {name!r}; there are: {known}")

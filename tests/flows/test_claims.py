@@ -202,7 +202,7 @@ def test_the_page_has_every_claim_with_figure_arms_and_commands(toy: Path, tmp_p
         "retort claims run filter.random",
     ):
         assert wanted in text
-    assert text.count("<svg") == 2  # the forest, and the figure of the one that was measured
+    assert text.count("<svg") == 4  # the forest, and the figure of the one that was measured, each drawn for a desk and for a phone
     assert "stale: never measured" in text
     assert "<script" not in text
     assert "http://" not in text.replace("http://www.w3.org", "")

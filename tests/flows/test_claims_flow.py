@@ -66,13 +66,13 @@ def test_a_run_completes_where_nothing_changed_and_fails_with_a_notice_where_a_s
 def test_a_schedule_and_its_one_run_at_a_time_are_registered(server: None) -> None:
     from prefect.client.orchestration import get_client
 
-    from flows.deployments import WEEKLY, deployments
+    from flows.deployments import deployments
 
     [weekly] = [one for one in deployments() if one.name == "weekly"]
     weekly.apply()
     with get_client(sync_client=True) as client:
         found = client.read_deployment_by_name("claims/weekly")
-    assert [schedule.schedule.cron for schedule in found.schedules] == [WEEKLY]
+    assert [schedule.schedule.cron for schedule in found.schedules] == ["0 3 * * 0"]
     assert found.global_concurrency_limit.limit == 1
     assert set(found.parameter_openapi_schema["properties"]) == {"methods", "first_seed", "seeds", "small"}
 

@@ -222,7 +222,7 @@ def test_a_lock_file_that_was_cut_short_is_mended(copy: Path) -> None:
     [
         (["run", "--source", "parquett:[x].parquet"], "source 'parquett:[x].parquet' is of no known kind; did you mean 'parquet'?"),
         (["promote", "o'brien"], "there is no registered model"),
-        (["promote", "digits-student", "--version", "7"], "digits-student has no version 7; it has 1"),
+        (["promote", "digits-student", "--version", "7"], "digits-student has no version or alias 7; it has candidate, champion, 1"),
         (["promote", "nobody"], "there is no registered model 'nobody'; there are: digits-student, digits-teacher"),
         (["evaluate", "digits-student@chmpion"], "digits-student has no version or alias 'chmpion'"),
         (["lineage", "digits-student@9"], "digits-student has no version or alias '9'"),
