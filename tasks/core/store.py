@@ -53,7 +53,8 @@ class Store:
 
         mlflow.set_tracking_uri(settings.tracking_uri)
         mlflow.set_registry_uri(settings.tracking_uri)
-        self.client = mlflow.MlflowClient()
+        # by name: the two above are the whole process's, and another store may set them
+        self.client = mlflow.MlflowClient(settings.tracking_uri, settings.tracking_uri)
         self._experiments: dict[str, str] = {}
         self.project = _project_id(settings)
 

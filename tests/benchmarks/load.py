@@ -37,7 +37,7 @@ def _arrived(folder: Path, flows: int, steps: int, tag: str) -> dict[str, Any]:
     servers = json.loads((folder / ".retort" / "servers.json").read_text())["servers"]
     import mlflow
 
-    client = mlflow.MlflowClient(servers["mlflow"]["url"])
+    client = mlflow.MlflowClient(servers["mlflow"]["url"], servers["mlflow"]["url"])
     experiment = client.get_experiment_by_name("retort")
     runs = client.search_runs([experiment.experiment_id], f"tags.load = '{tag}'", max_results=5000) if experiment else []
     done = [run for run in runs if run.info.status == "FINISHED" and "retort.done" in run.data.tags]
