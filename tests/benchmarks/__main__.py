@@ -261,6 +261,7 @@ ALL: dict[str, Callable[[Path], None]] = {
     "batches": batches,
     "memory": memory,
     "concurrent": concurrent,
+    "registry": registry,
 }
 
 
