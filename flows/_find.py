@@ -1,16 +1,29 @@
-"""Asking the registry: which versions run on a device."""
+"""Asking the registry: which versions run on a device, and which know most about a new task."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from flows._registry import FACTS
 from flows._session import session
+from flows.train import DATA
+from tasks.core import catalog, files
+from tasks.core.dataset import Dataset, read_info
 from tasks.core.errors import UserError
+from tasks.core.refs import ModelRef, data_ref, open_data
 from tasks.core.settings import read_params
 from tasks.core.store import Store
 from tasks.registry import Offer, Ranking
+
+SOURCES = ("digits", "parquet", "folder", "pairs")
+QUERY_ROWS = 500
 
 
 def fit(device: str, task: str, names: tuple[str, ...]) -> tuple[Ranking, dict[str, list[str]], Any]:
@@ -32,6 +45,100 @@ def fit(device: str, task: str, names: tuple[str, ...]) -> tuple[Ranking, dict[s
     chosen = devices[semantic.one_device(devices, device)]
     others = {name: semantic.why_not(facts, chosen, task) for name, facts in versions.items() if name not in fits}
     return ranking, others, graph(versions, devices)
+
+
+def find_model(data: str, names: tuple[str, ...]) -> Ranking:
+    """Versions for the rows of `data`, those that seem to know most about them first; by knowledge vectors that are made once.
+
+    data  a folder of the project (`data/pool:reference`), or a source as `retort run --source` takes it, of which some rows are read
+    """
+    from tasks.registry import know2vec
+
+    here = session()
+    versions = _versions(here.store, names)
+    if not versions:
+        raise UserError("there is no registered model to ask about: make one with 'retort run'")
+    matcher, vectors = _index(versions)
+    with _rows(data) as rows:
+        known = {spec: vectors[ref.sha256] for spec, ref in versions.items() if len(vectors[ref.sha256])}
+        return know2vec.rank(known, matcher.query(rows))
+
+
+def _index(versions: dict[str, ModelRef]) -> tuple[Any, dict[str, Any]]:
+    """The matcher and the vector of each version's weights, read from `.retort/knowledge`; what is missing there is made."""
+    import numpy as np
+
+    from tasks.registry import know2vec
+
+    here = session()
+    rows = tuple(data_ref(here.settings, spec) for spec in DATA)
+    key = {"source": catalog.source_digest("tasks.registry.know2vec"), "data": [ref.md5 for ref in rows], "seed": here.seed}
+    place = here.settings.home / "knowledge" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    made = place / "matcher.npz"
+    if not made.exists():
+        say("fitting the matcher, once for this data")
+        matcher = know2vec.fit_matcher(open_data(here.settings, *rows), seed=here.seed)
+        _save(made, matcher.to_arrays())
+    else:
+        with np.load(made, allow_pickle=False) as stored:
+            matcher = know2vec.Matcher.from_arrays(dict(stored))
+    known: dict[str, Any] = {}
+    if (place / "vectors.npz").exists():
+        with np.load(place / "vectors.npz", allow_pickle=False) as stored:
+            known = dict(stored)
+    missing = {ref.sha256: ref for ref in versions.values() if ref.sha256 not in known}
+    for at, (sha256, ref) in enumerate(missing.items(), 1):
+        say(f"asking model {at} of {len(missing)} what it knows, once")
+        net = here.store.load_net(ref)
+        fits = tuple(net.arch["shape"]) == matcher.shape  # one for images of another shape has no vector, and is never named
+        known[sha256] = matcher.knowledge(net) if fits else np.zeros(0, np.float32)
+    if missing:
+        _save(place / "vectors.npz", known)
+    return matcher, known
+
+
+def _save(path: Path, arrays: dict[str, Any]) -> None:
+    import io
+
+    import numpy as np
+
+    out = io.BytesIO()
+    np.savez(out, **arrays)  # type: ignore[arg-type]
+    files.write_bytes(path, out.getvalue())
+
+
+@contextmanager
+def _rows(data: str) -> Iterator[Dataset]:
+    """The rows of a folder of the project; of a source as many as show what it holds, brought to the pool's size and colours."""
+    here = session()
+    if data.partition(":")[0] not in SOURCES:
+        yield open_data(here.settings, data_ref(here.settings, data))
+        return
+    from tasks.pool import read
+
+    shape = read_info(here.settings.root / "data" / "pool").shape
+    with tempfile.TemporaryDirectory(dir=here.settings.home) as place:
+        size, mode = shape[1] if shape[1] == shape[2] else None, "grey" if shape[0] == 1 else "rgb"
+        wanted = {"source": data, "limit": QUERY_ROWS, "size": size, "mode": mode, "test": 0.0, "validation": 0.0, "reference": 0.0}
+        read.read_pool(read.configure(wanted | {"allow_empty_class": True}), Path(place, "rows"), seed=here.seed)
+        yield Dataset.open(Path(place, "rows"))
+
+
+def _versions(store: Store, names: tuple[str, ...]) -> dict[str, ModelRef]:
+    """Every version that is not revoked."""
+    found = {}
+    for name in names or store.names():
+        for version in store.versions(name):
+            tags = version.tags
+            if tags.get("revoked", "false") == "false":
+                ref = ModelRef(model_id=tags["retort.model"], run_id=tags["retort.run"], sha256=tags["retort.sha256"])
+                found[f"{name}/{version.version}"] = ref
+    return found
+
+
+def say(words: str) -> None:
+    """Say on the screen what takes long."""
+    sys.stderr.write(f"{words}\n")
 
 
 def facts_of(store: Store, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`retort fit`: a question to the registry."""
+"""`retort fit` and `retort find-model`: questions to the registry."""
 
 from __future__ import annotations
 
@@ -38,6 +38,24 @@ def fit(
         _table(("does not fit", "why"), [(name, "; ".join(why)) for name, why in list(others.items())[:UNFIT]])
         if len(others) > UNFIT:
             print(f"and {len(others) - UNFIT} more that do not fit")  # noqa: T201
+    _end()
+
+
+def find_model(
+    data: Annotated[str, typer.Option(help="Rows of the new task: a folder of the project, folder:split, or parquet:PATH, folder:PATH.")],
+    names: Names = None,
+    top: Annotated[int, typer.Option(min=1, help="How many to show.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Rank the registry's versions for a new task, without running them on it."""
+    from flows import _find
+
+    with _asking():
+        ranking = _find.find_model(data, tuple(names or ()))
+    if as_json:
+        print(json.dumps([place.__dict__ for place in ranking.places], indent=1))  # noqa: T201
+    else:
+        _table(("version", "score", "why"), [(p.version, f"{p.score:.3f}", p.reason) for p in ranking.places[:top]], "No version fits.")
     _end()
 
 

@@ -239,8 +239,8 @@ def ui(
     serve_pages(project(), prefect_port, mlflow_port)
 
 
-for _command in (_up_cli.up, _up_cli.down, _up_cli.status, _find_cli.fit):
-    app.command()(_command)
+for _command in (_up_cli.up, _up_cli.down, _up_cli.status, _find_cli.fit, _find_cli.find_model):
+    app.command(_command.__name__.replace("_", "-"))(_command)
 
 
 def run_alone(flow: Any) -> None:

@@ -200,7 +200,7 @@ def registry(place: Path) -> None:
     show("promotion of an evaluated version: the flow", f"{flow:.2f} s", "3 s or less")
     show("the same as a command, with Prefect's start and torch's", f"{whole:.1f} s", "")
     thousand(folder)
-    for words in (["lineage", "digits-student/1"], ["fit", "--device", "board"]):
+    for words in (["lineage", "digits-student/1"], ["fit", "--device", "board"], ["find-model", "--data", "data/pool:reference"]):
         first = timed([PYTHON, "-m", "flows.cli", *words], folder)
         again = median([PYTHON, "-m", "flows.cli", *words], folder, 3)
         note = "2 s or less" if words[0] != "fit" else ""

@@ -193,6 +193,23 @@ def test_the_versions_that_fit_a_device_are_named_and_why_the_others_do_not(copy
     assert "board" in wrong.stderr
 
 
+def test_versions_are_ranked_for_a_new_task_by_vectors_that_are_made_once(copy: Path) -> None:
+    first = workspace.retort(copy, "find-model", "--data", "data/pool:reference", "--json")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "fitting the matcher" in first.stderr
+    found = json.loads(first.stdout)
+    assert {place["version"] for place in found} == {"digits-student/1", "digits-teacher/1", "digits-teacher/2"}
+    assert [place["score"] for place in found] == sorted((place["score"] for place in found), reverse=True)
+    again = workspace.retort(copy, "find-model", "--data", "data/pool:reference", "--json")
+    assert again.stderr == ""
+    assert json.loads(again.stdout) == found
+    source = workspace.retort(copy, "find-model", "--data", "digits", "digits-student", "--json")
+    assert [place["version"] for place in json.loads(source.stdout)] == ["digits-student/1"]
+    wrong = workspace.retort(copy, "find-model", "--data", "data/nothing")
+    assert wrong.returncode == 2
+    assert "data/nothing is not there" in wrong.stderr
+
+
 def verdict(folder: Path, name: str, version: int) -> dict:
     found = Store(Settings(folder)).client.get_model_version(name, str(version))
     return json.loads(found.tags["retort.verdict"])
