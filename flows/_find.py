@@ -26,25 +26,29 @@ SOURCES = ("digits", "parquet", "folder", "pairs")
 QUERY_ROWS = 500
 
 
-def fit(device: str, task: str, names: tuple[str, ...]) -> tuple[Ranking, dict[str, list[str]], Any]:
-    """The versions that run on a device of params.yaml, the best first; of the others why not; and the graph that was asked.
+def fit(device: str, task: str, names: tuple[str, ...]) -> tuple[Ranking, dict[str, list[str]]]:
+    """The versions that run on a device of params.yaml, the best first; and of the others why not.
 
     Raises UserError where params.yaml describes no device, or not this one.
     """
     from tasks.registry import semantic_management as semantic
-    from tasks.registry._graph import graph
 
-    here = session()
-    devices = read_params(here.settings).get("devices") or {}
-    if not devices:
-        raise UserError(f"{here.settings.params} describes no device: add 'devices:' with a name, its flash, ram and sensors each")
-    versions = facts_of(here.store, names)
+    versions, devices = described(names)
     cfg = semantic.Config(device=device, task=task)
     ranking = semantic.semantic_management(Offer(facts={"versions": versions, "devices": devices}), cfg)
     fits = {place.version for place in ranking.places}
     chosen = devices[semantic.one_device(devices, device)]
     others = {name: semantic.why_not(facts, chosen, task) for name, facts in versions.items() if name not in fits}
-    return ranking, others, graph(versions, devices)
+    return ranking, others
+
+
+def described(names: tuple[str, ...]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The facts of the versions, and the devices of params.yaml. Raises UserError where there are none of either."""
+    here = session()
+    devices = read_params(here.settings).get("devices") or {}
+    if not devices:
+        raise UserError(f"{here.settings.params} describes no device: add 'devices:' with a name, its flash, ram and sensors each")
+    return facts_of(here.store, names), devices
 
 
 def find_model(data: str, names: tuple[str, ...]) -> Ranking:

@@ -24,13 +24,14 @@ def fit(
 ) -> None:
     """Say which versions run on a device: flash, RAM, sensors, task."""
     from flows import _find
-    from tasks.registry._graph import turtle as as_turtle
+    from tasks.registry import _graph
 
     with _asking():
-        ranking, others, graph = _find.fit(device, task, tuple(names or ()))
-    if turtle:
-        print(as_turtle(graph))  # noqa: T201
-    elif as_json:
+        if turtle:
+            print(_graph.turtle(_graph.graph(*_find.described(tuple(names or ())))))  # noqa: T201
+            _end()
+        ranking, others = _find.fit(device, task, tuple(names or ()))
+    if as_json:
         places = [place.__dict__ for place in ranking.places]
         print(json.dumps({"fit": places, "unfit": others}, indent=1))  # noqa: T201
     else:

@@ -12,10 +12,9 @@ Limits  -
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +30,8 @@ from tasks.core.method import MethodConfig, method
 from tasks.core.networks import Net
 from tasks.core.progress import track
 from tasks.registry import Offer, Place, Ranking
+from tasks.registry._knowledge import Floats, Labels, Pixels, Probed, embedded, in_order, probed, ranking_loss, task_cells, zoo_tasks
 
-Pixels = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 SHARP = 10.0  # vectors have length 1: without it the cross-entropy is flat
 
 
@@ -49,17 +46,18 @@ class Config(MethodConfig):
     probes: int = Field(400, ge=2, description="probe images, which go with the matcher")
     candidates: int = Field(24, ge=1, description="probes of a class among which its anchors are sought")
     others: int = Field(6, ge=1, description="probes of other classes that each candidate is held against")
-    anchors: int = Field(3, ge=1, description="anchors of a class: their mean is its cell, and from each one a boundary is sought")
+    anchors: int = Field(3, ge=1, description="anchors of a class; from each one a boundary is sought")
     bisections: int = Field(8, ge=1, description="calls for a boundary image; half as many for a candidate")  # about 10: original code
     draws: int = Field(4, ge=1, description="times that a version is probed; its vector is their mean")
     most: int = Field(10, ge=2, description="classes of a version or task that are looked at, those with most rows")
     shots: int = Field(5, ge=1, description="images of a class in a training query")  # original code
     hidden: int = Field(64, ge=1, description="width of the BiLSTM")  # original code: 500
-    size: int = Field(64, ge=2, description="length of a vector")  # original code: 256
+    size: int = Field(128, ge=2, description="length of a vector")  # original code: 256
     steps: int = Field(250, ge=1, description="training steps of the reader; more overfit")
     batch: int = Field(60, ge=2, description="pairs of a step")  # original code: 200
     lr: float = Field(3e-3, gt=0, description="learning rate of Adam, at its peak")  # original code: 1e-4, ten thousand passes
     margin: float = Field(0.4, ge=0, description="by which the own network must be closer than the hardest other one")  # original code
+    telling: float = Field(0.3, ge=0, description="weight of the cross-entropy by which a vector tells its task")  # original code: 1
     dropout: float = Field(0.2, ge=0, lt=1, description="of the reader's input")
 
 
@@ -69,16 +67,14 @@ SMOKE = Config(
 )  # fmt: skip
 
 
-class Probed(NamedTuple):
-    """What a version answered: `cells` (draws, K, K, D), at [i, j] the mean embedding where class i turns into j, at [i, i] that of the
-    anchors; `calls`, the images that it was asked about."""
-
-    cells: Floats
-    calls: int
+def asking(cfg: Config) -> dict[str, int]:
+    """The settings of `probed`."""
+    return {name: getattr(cfg, name) for name in ("draws", "candidates", "others", "anchors", "bisections", "most")}
 
 
 class Reader(nn.Module):
-    """Cells (B, K, K, D) to vectors (B, size) of length 1: a BiLSTM over each class's row, its own cell first, then the mean over classes.
+    """Cells (B, K, K, D) to vectors (B, size) of length 1: a BiLSTM over each class's row, then the mean over classes of
+    a layer without negative values, so that what one class says is not taken back by another.
 
     Initial states are zero. The order of a row is canonical: after the own cell the classes by falling cosine of their anchors with it.
     """
@@ -93,8 +89,8 @@ class Reader(nn.Module):
         b, k = cells.shape[:2]
         cells = in_order(F.normalize(cells, dim=-1))
         _, (last, _) = self.rows(self.drop(cells.flatten(0, 1)))
-        states = torch.cat([last[0], last[1]], -1).view(b, k, -1)
-        return F.normalize(self.out(states.mean(1)), dim=-1)
+        classes = F.relu(self.out(torch.cat([last[0], last[1]], -1)))
+        return F.normalize(classes.view(b, k, -1).mean(1), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ class Matcher:
 
     def probe(self, net: Net, device: str = "cpu") -> Probed:
         """Ask a version; always about the same images, so that the same weights give the same. Only labels are looked at."""
-        return probed(net, self.probes, self.embed, self.cfg, device)
+        return probed(net, self.probes, self.embed, device=device, **asking(self.cfg))
 
     def knowledge(self, net: Net, device: str = "cpu") -> Floats:
         """Vector (size,) of a version, of length 1: to be stored with the hash of its weights."""
@@ -229,30 +225,15 @@ def fit_matcher(rows: Dataset, cfg: Config = Config(), *, seed: int = 0, device:
             own = np.concatenate([members[at] for at in task])
             own = own[torch.randperm(len(own), generator=generator)[: cfg.zoo_rows].numpy()]
             net = trained(images[own], np.searchsorted(task, codes[own]), len(task), (8, 16), 32, cfg.zoo_steps, 32, generator, device)
-            cells.append(torch.from_numpy(probed(net, images[some], lambda x: embedded(encoder, x, mean), cfg, device).cells))
+            cells.append(
+                torch.from_numpy(probed(net, images[some], lambda x: embedded(encoder, x, mean), device=device, **asking(cfg)).cells)
+            )
         reader = Reader(len(mean), cfg.hidden, cfg.size, cfg.dropout)
         fit_reader(
             reader, cells, tasks, [torch.from_numpy(features[at]) for at in members], shots=cfg.shots, steps=cfg.steps, batch=cfg.batch,
-            lr=cfg.lr, margin=cfg.margin, generator=generator,
+            lr=cfg.lr, margin=cfg.margin, weight=cfg.telling, generator=generator,
         )  # fmt: skip
     return Matcher(encoder, mean, reader.eval(), images[some], cfg)
-
-
-def zoo_tasks(classes: int, sizes: Sequence[int], zoo: int, seed: int) -> list[tuple[int, ...]]:
-    """The classes, sorted, that each of the zoo's networks tells apart: random ones, none twice before all of that size were drawn."""
-    rng, drawn = np.random.default_rng(seed), []
-    left: dict[int, set[tuple[int, ...]]] = {}
-    for at in range(zoo):
-        size = sizes[at % len(sizes)]
-        seen = left.setdefault(size, set())
-        if len(seen) == comb(classes, size):
-            seen.clear()
-        task = None
-        while task is None or task in seen:
-            task = tuple(sorted(rng.choice(classes, size, replace=False).tolist()))
-        seen.add(task)
-        drawn.append(task)
-    return drawn
 
 
 def trained(
@@ -261,100 +242,11 @@ def trained(
 ) -> Net:  # fmt: skip
     """A small network for images (N, C, H, W) with labels (N,) in 0..classes-1."""
     mean, std = loop.pixel_stats(images)
-    net = networks.convnet(images.shape[1:], classes, widths=widths, hidden=hidden, mean=mean, std=std)
+    net = networks.convnet(images.shape[1:], classes, widths=widths, hidden=hidden, mean=mean, std=std, norm="batch")
     return loop.fit_supervised(
         net, images, labels, np.zeros(len(images), bool), steps=steps, batch=batch, lr=0.05, momentum=0.9, weight_decay=5e-4,
         real_weight=1.0, generator=generator, device=device,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def embedded(encoder: Net, images: Pixels, mean: Tensor) -> Floats:
-    """Features (N, D) of images (N, C, H, W), less the mean (D,)."""
-    pieces = [encoder.features(loop.to_float(images[at : at + 1024])) - mean for at in range(0, len(images), 1024)]
-    return torch.cat(pieces).numpy()
-
-
-def probed(net: Net, probes: Pixels, embed: Callable[[Pixels], Floats], cfg: Config, device: str = "cpu") -> Probed:
-    """Ask a network about probes (P, C, H, W) and mixtures of them. It need not know all its classes: those that it names are looked at.
-
-    A class's anchors are those of its candidates that stay in it longest on the way to probes of other classes: of all that a network
-    calls a shirt, what it was trained to call so. From each anchor the way to one of each other class's gives a boundary image.
-    """
-    net = loop.on(net, device)
-    said = loop.predict(net, probes, device=device).argmax(1).numpy()
-    classes, counts = np.unique(said, return_counts=True)
-    classes = np.sort(classes[np.argsort(-counts, kind="stable")[: cfg.most]])
-    cells, calls, k = [], len(probes), len(classes)
-    for draw in range(cfg.draws):
-        rng = np.random.default_rng(draw)
-        members = [np.flatnonzero(said == at) for at in classes]
-        found = [rng.choice(own, min(cfg.candidates, len(own)), replace=False) for own in members]
-        if k > 1:
-            # others of each class in turn, so that a large class does not crowd out a small one
-            ways = [
-                (x, rng.choice(found[(i + 1 + (n + r) % (k - 1)) % k]))
-                for i in range(k) for n, x in enumerate(found[i]) for r in range(cfg.others)
-            ]  # fmt: skip
-            reach, _ = boundary(net, probes, *np.array(ways).T, said, -(-cfg.bisections // 2), device)
-            calls += len(ways) * -(-cfg.bisections // 2)
-            means = np.split(reach.reshape(-1, cfg.others).mean(1), np.cumsum([len(own) for own in found])[:-1])
-            found = [own[np.argsort(-far, kind="stable")] for own, far in zip(found, means, strict=True)]
-        found = [own[: cfg.anchors] for own in found]
-        grid = np.stack([[embed(probes[own]).mean(0)] * k for own in found])
-        if k > 1:
-            pairs = [(i, j) for i in range(k) for j in range(k) if i != j]
-            ways = [(x, found[j][n % len(found[j])]) for i, j in pairs for n, x in enumerate(found[i])]
-            of = np.array([at for at, (i, _) in enumerate(pairs) for _ in found[i]])
-            _, turned = boundary(net, probes, *np.array(ways).T, said, cfg.bisections, device)
-            calls += len(ways) * cfg.bisections
-            embeddings = embed(turned)
-            for at, (i, j) in enumerate(pairs):
-                grid[i, j] = embeddings[of == at].mean(0)
-        cells.append(grid)
-    return Probed(np.stack(cells), calls)
-
-
-def boundary(net: Net, probes: Pixels, start: Labels, end: Labels, said: Labels, steps: int, device: str = "cpu") -> tuple[Floats, Pixels]:
-    """Where, on the straight way from probes `start` (n,) to `end` (n,), the answer stops to be that of the start.
-
-    Gives the share of the way (n,) in (0, 1], to 2^-steps, and the images (n, C, H, W) there. `said` (P,): the answers to the probes.
-    Each step is one call for each pair; the answer may turn into a third class.
-    """
-    low, high = np.zeros(len(start), np.float32), np.ones(len(start), np.float32)
-    for _ in range(steps):
-        middle = (low + high) / 2
-        same = loop.predict(net, blend(probes[start], probes[end], middle), device=device).argmax(1).numpy() == said[start]
-        low, high = np.where(same, middle, low), np.where(same, high, middle)
-    return high, blend(probes[start], probes[end], high)
-
-
-def blend(one: Pixels, other: Pixels, share: Floats) -> Pixels:
-    """Images (n, C, H, W) with a share (n,) of the other in each."""
-    part = share[:, None, None, None]
-    return np.rint(one * (1 - part) + other * part).astype(np.uint8)
-
-
-def task_cells(features: Floats, labels: Labels, most: int) -> Floats:
-    """Cells (K, K, D) of a task, as those of a network that does it perfectly: class means, and half-way between two of them.
-
-    features (N, D) with labels (N,), -1 where not known. Raises UserError where there are fewer than two classes.
-    """
-    classes, counts = np.unique(labels[labels >= 0], return_counts=True)
-    if len(classes) < 2:
-        raise UserError(f"the query's rows name {len(classes)} classes; valid: two or more, with a few labelled rows each")
-    classes = np.sort(classes[np.argsort(-counts, kind="stable")[:most]])
-    means = np.stack([features[labels == at].mean(0) for at in classes])
-    cells: Floats = (means[:, None] + means[None]) / 2
-    return cells
-
-
-def in_order(cells: Tensor) -> Tensor:
-    """Cells (B, K, K, D) of length 1, each row's own cell moved to its front, then the classes by falling cosine of their anchors."""
-    anchors = cells.diagonal(dim1=1, dim2=2).transpose(1, 2)
-    near = anchors @ anchors.transpose(1, 2) + 3 * torch.eye(cells.shape[1], device=cells.device)
-    order = near.argsort(dim=2, descending=True, stable=True)
-    return cells.gather(2, order[..., None].expand_as(cells))
 
 
 def read_each(reader: Reader, cells: Sequence[Tensor]) -> Tensor:
@@ -365,19 +257,9 @@ def read_each(reader: Reader, cells: Sequence[Tensor]) -> Tensor:
     return read[torch.tensor([at for group in groups for at in group]).argsort()]
 
 
-def ranking_loss(model: Tensor, query: Tensor, same: Tensor, margin: float) -> Tensor:
-    """Mean over n pairs of max(0, margin + hardest other - own) of cosines, for the hardest other model and the hardest other query.
-
-    model, query (n, size) of length 1, pairs by row; `same` (n, n): true where a model and a query are of one task, so no other.
-    """
-    cosine = model @ query.T
-    own, others = cosine.diagonal(), cosine.masked_fill(same, -4.0)
-    return sum((F.relu(margin + others.max(side).values - own).mean() for side in (0, 1)), start=cosine.new_zeros(()))
-
-
 def fit_reader(
     reader: Reader, cells: Sequence[Tensor], tasks: Sequence[tuple[int, ...]], members: Sequence[Tensor], *, shots: int, steps: int,
-    batch: int, lr: float, margin: float, generator: torch.Generator,
+    batch: int, lr: float, margin: float, weight: float, generator: torch.Generator,
 ) -> None:  # fmt: skip
     """Train the reader in place on networks with `cells` (draws, K, K, D) for `tasks`, and queries of `shots` of the features of each
     class, `members` (n, D). The task is told from either vector as its set of classes: so networks of different tasks teach each other.
@@ -386,6 +268,9 @@ def fit_reader(
     sets = torch.zeros(len(tasks), len(members))
     for at, task in enumerate(tasks):
         sets[at, list(task)] = 1
+    pool, ends = torch.cat(list(members)), torch.tensor([len(own) for own in members]).cumsum(0)
+    count = [torch.tensor([len(members[c]) for c in task]) for task in tasks]
+    first = [ends[list(task)] - own for task, own in zip(tasks, count, strict=True)]
     optimiser = torch.optim.Adam([*reader.parameters(), *tell.parameters()], lr=lr)
     schedule = loop.one_cycle(optimiser, lr, steps)
     reader.train()
@@ -393,14 +278,14 @@ def fit_reader(
         asked, known = [], []
         for at in chosen.tolist():
             known.append(cells[at][int(torch.randint(len(cells[at]), (1,), generator=generator))])
-            rows = [members[c][torch.randint(len(members[c]), (shots,), generator=generator)].mean(0) for c in tasks[at]]
-            means = torch.stack(rows)
+            own = first[at] + (torch.rand(shots, len(tasks[at]), generator=generator) * count[at]).long()
+            means = pool[own].mean(0)
             asked.append((means[:, None] + means[None]) / 2)
         model, query = read_each(reader, known), read_each(reader, asked)
         target = sets[chosen]
         loss = ranking_loss(model, query, (target[:, None] == target[None]).all(2), margin)
         for vectors in (model, query):
-            loss = loss + F.cross_entropy(SHARP * tell(vectors), target / target.sum(1, keepdim=True))
+            loss = loss + weight * F.cross_entropy(SHARP * tell(vectors), target / target.sum(1, keepdim=True))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

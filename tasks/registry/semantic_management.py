@@ -32,14 +32,20 @@ from tasks.registry._graph import PREFIXES, Facts, graph, memory, on_board, room
 if TYPE_CHECKING:
     from rdflib import Graph
 
+# rdflib walks patterns with the most known terms first, and joins one pair of groups row by row, further ones all with all: so there are two
+# groups, and a type is compared instead of stated, which would start at every node of that type. Time is linear in the versions by that.
 QUERY = """
 SELECT ?name ?accuracy ?weights ?flash ?activations ?ram WHERE {
-  { ?device td:title ?title ; own:weightsIn ?place }
-  { ?device ssn:hasSubSystem/s3n:hasSystemCapability/sys:hasSystemProperty ?store . ?store a demo:Flash ; schema:value ?flash }
-  { ?device ssn:hasSubSystem/s3n:hasSystemCapability/sys:hasSystemProperty ?memory . ?memory a demo:RAM ; schema:value ?ram }
-  { ?network a nnet:NeuralNetwork ; schema:identifier ?name }
-  { ?network s3n:hasProcedureFeature/sys:inCondition ?stored . ?stored a demo:Flash ; schema:minValue ?weights }
-  { ?network s3n:hasProcedureFeature/sys:inCondition ?held . ?held a demo:RAM ; schema:minValue ?activations }
+  {
+    ?device td:title ?title ; own:weightsIn ?place ; ssn:hasSubSystem/s3n:hasSystemCapability/sys:hasSystemProperty ?store , ?memory .
+    ?store a ?permanent ; schema:value ?flash . ?memory a ?volatile ; schema:value ?ram
+    FILTER (?permanent = demo:Flash && ?volatile = demo:RAM)
+  }
+  {
+    ?network a nnet:NeuralNetwork ; schema:identifier ?name ; s3n:hasProcedureFeature/sys:inCondition ?stored , ?held .
+    ?stored a ?lasting ; schema:minValue ?weights . ?held a ?fleeting ; schema:minValue ?activations
+    FILTER (?lasting = demo:Flash && ?fleeting = demo:RAM)
+  }
   FILTER (?weights <= ?flash)
   FILTER (?activations + IF(?place = "ram", ?weights, 0) <= ?ram)
   FILTER EXISTS { ?network own:needsSensor ?any }
@@ -51,7 +57,7 @@ SELECT ?name ?accuracy ?weights ?flash ?activations ?ram WHERE {
   FILTER (NOT EXISTS { ?device own:task ?served } || EXISTS { ?network own:task ?common . ?device own:task ?common })
   FILTER (NOT EXISTS { ?device own:runtime ?engine } || NOT EXISTS { ?network own:runtime ?needed }
           || EXISTS { ?network own:runtime ?same . ?device own:runtime ?same })
-  OPTIONAL { ?network nnet:hasMetric ?metric . ?metric a nnet:Top_1_accuracy ; nnet:hasMetricValue ?accuracy }
+  OPTIONAL { ?network nnet:hasMetric ?metric . ?metric a ?what ; nnet:hasMetricValue ?accuracy FILTER (?what = nnet:Top_1_accuracy) }
 } ORDER BY DESC(?accuracy) ?weights ?name
 """
 

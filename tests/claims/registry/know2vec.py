@@ -28,10 +28,9 @@ from tasks.core.claim import Beats, Claim, Row
 from tasks.core.errors import UserError
 from tasks.core.networks import Net
 from tasks.registry import Offer, Ranking
-from tasks.registry.know2vec import SMOKE, Config, Matcher, fit_matcher, know2vec, rank, zoo_tasks
+from tasks.registry._knowledge import Floats, answers, unit, zoo_tasks
+from tasks.registry.know2vec import SMOKE, Config, Matcher, fit_matcher, rank
 from tests.claims.samples import Images, dataset, images
-
-Floats = npt.NDArray[np.float32]
 
 CLAIM = Claim(
     text="boundary probes find the network trained for a new task more often than plain answers do, without running it on the task",
@@ -73,7 +72,7 @@ def arms(method: Callable[..., Ranking], seed: int, train: Images, test: Images,
     tasks = [unseen[at] for at in rng.permutation(len(unseen))[: sizes.nets]]
     nets = {f"net{at:02d}/1": fit(rest, task, sizes, 1000 * seed + at) for at, task in enumerate(tasks)}
     answered = {name: matcher.probe(net) for name, net in nets.items()}
-    anchored = {name: found.cells[0].diagonal().T for name, found in answered.items()}
+    anchored = {name: found.cells.mean(0).diagonal().T for name, found in answered.items()}
     features = matcher.embed(matcher.probes)
     stored = {
         name: {"knowledge": matcher.read(answered[name].cells), "plain": class_means(features, answers(net, matcher.probes))}
@@ -143,11 +142,6 @@ def shares(said: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> Floats
     return np.array([[float(((said == answer) & (labels == at)).sum()) for at in np.unique(labels)] for answer in range(3)])
 
 
-def unit(values: Floats) -> Floats:
-    """Rows of length 1."""
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-9)
-
-
 def fit(rows: Images, task: tuple[int, ...], sizes: Sizes, seed: int) -> Net:
     """A network that tells the task's classes apart, from rows of its own."""
     at = np.random.default_rng(seed).permutation(np.flatnonzero(np.isin(rows.labels, task)))[: sizes.own]
@@ -159,8 +153,3 @@ def fit(rows: Images, task: tuple[int, ...], sizes: Sizes, seed: int) -> Net:
             net, pixels, labels, np.zeros(len(at), bool), steps=sizes.steps, batch=32, lr=0.05, momentum=0.9, weight_decay=5e-4,
             real_weight=1.0, generator=generator,
         )  # fmt: skip
-
-
-def answers(net: Net, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Labels (N,) that a network gives."""
-    return loop.predict(net, pixels).argmax(1).numpy()
