@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import _claims_cli, _find_cli, _up_cli
+from flows import _certificate_cli, _claims_cli, _find_cli, _up_cli
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +20,7 @@ app = typer.Typer(
     help="From a raw pool of data to a promoted model, and back.",
 )
 app.add_typer(_claims_cli.claims, name="claims")
+app.add_typer(_certificate_cli.certificate, name="certificate")
 app.add_typer(_claims_cli.report, name="report")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -201,12 +202,24 @@ def methods(as_json: Json = False, family: Annotated[str, typer.Option(help="Onl
 
 
 @app.command()
-def lineage(spec: Annotated[str, typer.Argument(help="NAME@alias, NAME/version, or a data folder.")], as_json: Json = False) -> None:
-    """Show what a model or a data folder was made from, down to the source."""
+def lineage(
+    spec: Annotated[str, typer.Argument(help="NAME@alias, NAME/version, or a data folder.")] = "",
+    sample: Annotated[list[str] | None, typer.Option(help="Id of a sample: show everything made from it. May be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a model or a data folder was made from, down to the source; or everything that was made from a sample."""
     _environment()
+    from tasks.core.errors import UserError
     from tasks.core.lineage import made_from, print_tree
     from tasks.core.settings import project
 
+    if bool(spec) == bool(sample):
+        raise UserError("name either a model or data folder, or a sample with --sample ID")
+    if sample:
+        from flows._descent import show
+
+        show(project(), sample, as_json)
+        return
     tree = made_from(project(), spec)
     if as_json:
         print(json.dumps(tree, indent=1))  # noqa: T201

@@ -319,7 +319,7 @@ class Writer:
         self._shard += 1
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
+def write_parquet(path: Path | io.BytesIO, table: pa.Table) -> None:
     """Write a table so that equal values give equal bytes: zstd, no pandas metadata, no page statistics."""
     pq.write_table(table, path, compression="zstd", write_statistics=False)
 

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import yaml
+
+from tasks.core import files
 from tasks.core.errors import UserError, without_secrets
 from tasks.core.refs import DataRef, ModelRef
 from tasks.core.settings import Settings
@@ -58,7 +61,7 @@ def print_tree(node: Node) -> None:
 def _model_node(settings: Settings, store: Store, ref: ModelRef) -> Node:
     tags = store.client.get_run(ref.run_id).data.tags
     inputs: list[Node] = []
-    for found in _refs(json.loads(tags["retort.inputs"])):
+    for found in references(json.loads(tags["retort.inputs"])):
         if found["kind"] == "ModelRef":
             inputs.append(_model_node(settings, store, ModelRef(**{k: v for k, v in found.items() if k != "kind"})))
         elif found["kind"] == "DataRef":
@@ -90,33 +93,58 @@ def _stage_node(settings: Settings, path: str, md5: str) -> Node:
     return {"kind": "data", "name": path, "id": md5, "made_by": "not known: no dvc.lock has this version", "inputs": []}
 
 
+def data_versions(settings: Settings) -> list[tuple[str, str, bool]]:
+    """Every version of a data folder that DVC's lock files name, of any revision: path, md5, and whether it lies in the folder now."""
+    found: dict[tuple[str, str], bool] = {}
+    for lock in _locks(settings):
+        for stage in lock.get("stages", {}).values():
+            for out in stage.get("outs", []):
+                if out["path"].startswith("data/") and str(out.get("md5", "")).endswith(".dir"):
+                    found.setdefault((out["path"], out["md5"]), False)
+    for path in {path for path, _ in found}:
+        if (settings.root / path / "dataset.json").exists():
+            found[(path, files.folder_md5(settings.root / path))] = True
+    return [(path, md5, here) for (path, md5), here in found.items()]
+
+
 def _locks(settings: Settings) -> Iterator[dict[str, Any]]:
     """The lock file as it is, then as it was in every revision, the newest first."""
-    import yaml
-
     here = settings.root / "dvc.lock"
     if here.exists():
         yield _parse_lock(here.read_text(encoding="utf-8"))
-    command = ["git", "-C", str(settings.root), "log", "--all", "--format=%H", "--", "dvc.lock"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    for revision in listed.stdout.split():
-        show = ["git", "-C", str(settings.root), "show", f"{revision}:./dvc.lock"]
-        shown = subprocess.run(show, capture_output=True, text=True, check=False)  # noqa: S603
-        if shown.returncode == 0:
-            try:
-                yield _parse_lock(shown.stdout)
-            except yaml.YAMLError:
-                continue
+    for text in _old_locks(settings):
+        try:
+            yield _parse_lock(text)
+        except yaml.YAMLError:
+            continue
+
+
+def _old_locks(settings: Settings) -> Iterator[str]:
+    """Each text that `dvc.lock` ever had in git, the newest first: of all branches, tags and experiments."""
+    git = ["git", "-C", str(settings.root)]
+    listed = subprocess.run([*git, "log", "--all", "--format=%H:./dvc.lock", "--", "dvc.lock"], capture_output=True, check=False)  # noqa: S603
+    if listed.returncode or not listed.stdout:
+        return
+    # one process for all: a hundred revisions would take a second otherwise
+    shown = subprocess.run([*git, "cat-file", "--batch"], input=listed.stdout, capture_output=True, check=False).stdout  # noqa: S603
+    at, given = 0, set()
+    while at < len(shown):
+        head, at = shown[at : shown.index(b"\n", at)].split(), shown.index(b"\n", at) + 1
+        if head[-1] == b"missing":
+            continue
+        size = int(head[2])
+        if head[0] not in given:
+            given.add(head[0])
+            yield shown[at : at + size].decode("utf-8", "replace")
+        at += size + 1
 
 
 @cache
 def _parse_lock(text: str) -> dict[str, Any]:
-    import yaml
-
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # noqa: S506 (a safe loader either way)
 
 
-def _refs(value: Any) -> Iterator[dict[str, Any]]:
+def references(value: Any) -> Iterator[dict[str, Any]]:
     """Every reference in plain values, in order, each once."""
     found: dict[str, dict[str, Any]] = {}
 

@@ -103,7 +103,7 @@ def info_of(settings: Settings, ref: DataRef) -> Info:
 
     Raises UserError where that version cannot be had.
     """
-    folder = _folder_of(settings, ref)
+    folder = folder_of(settings, ref)
     info, pool = read_info(folder), settings.root / "data" / "pool"
     if of := rows_of(folder):
         info = read_info((folder / of).resolve())
@@ -146,7 +146,7 @@ def _secret(settings: Settings) -> bytes:
 
 
 def _open_one(settings: Settings, ref: DataRef) -> Dataset:
-    folder = _folder_of(settings, ref)
+    folder = folder_of(settings, ref)
     rows = Dataset.open(folder, kept=ref.kept)
     if ref.splits:
         rows = rows.split(*ref.splits)
@@ -166,7 +166,8 @@ def rows_of(folder: Path) -> str:
     return "" if info.of is None else info.of["path"]
 
 
-def _folder_of(settings: Settings, ref: DataRef) -> Path:
+def folder_of(settings: Settings, ref: DataRef) -> Path:
+    """A local folder with the version that a reference names. Raises UserError where it can no longer be had."""
     here = settings.root / ref.path
     if here.exists() and files.folder_md5(here) == ref.md5:
         return here

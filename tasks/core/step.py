@@ -6,12 +6,12 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks.core import catalog
+from tasks.core import catalog, seen
 from tasks.core.refs import DataRef, EvidenceRef, ModelRef, Ref, open_data
 from tasks.core.settings import Settings
 from tasks.core.store import Store
@@ -119,24 +119,29 @@ def revision(root: Path) -> str:
 Ran = tuple[dict[str, Any], dict[str, float]]
 
 
-def _make_model(settings: Settings, store: Store, plan: Plan, run_id: str, rows: Any, call: Callable[[], Any]) -> Ran:
-    """Run a method that gives a network; store the network and the ids that it saw."""
-    import pyarrow as pa
-
-    from tasks.core.dataset import write_parquet
+def _make_model(settings: Settings, store: Store, plan: Plan, run_id: str, rows: Any, call: Callable[[], Any], forgot: Any = None) -> Ran:
+    """Run a method that gives a network; store the network and what it has seen."""
     from tasks.core.networks import parameters
 
     began = time.perf_counter()
     net = call()
     seconds = time.perf_counter() - began
-    with tempfile.TemporaryDirectory(dir=settings.home) as folder:  # ids stay within the project
-        seen = Path(folder, "seen.parquet")
-        write_parquet(seen, pa.table({"sample_id": pa.array(sorted(set(rows.ids())), pa.string())}))
-        store.log_file(run_id, seen)
+    _note(store, run_id, "retort.seen", seen.FILE, seen.rows_and_parents(rows.column("sample_id"), rows.column("parents")))
+    if forgot is not None:  # the rows alone: what they were made from may still be known
+        _note(store, run_id, "retort.forgot", seen.FORGOT, forgot.ids())
     tags = {"retort.role": plan.role, "retort.method": plan.method}
     ref = store.log_net(run_id, net, name=plan.role, classes=rows.info.classes, tags=tags)
     figures = {"parameters": float(parameters(net)), "rows": float(len(rows))}
     return {"model": ref.model_dump(), "seconds": seconds, "figures": figures}, {**figures, "seconds": seconds}
+
+
+def _note(store: Store, run_id: str, tag: str, file: str, ids: Iterable[str]) -> None:
+    """Store the keys of ids, and tag the run with what the list is known by."""
+    keys = seen.keys_of(ids)
+    with tempfile.TemporaryDirectory() as folder:
+        seen.write(Path(folder, file), keys)
+        store.log_file(run_id, Path(folder, file))
+    store.client.set_tag(run_id, tag, seen.digest(keys))
 
 
 def _train(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:
@@ -154,7 +159,7 @@ def _distill(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any
 def _unlearn(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:
     forget, retain = open_data(settings, *_data(plan, "forget")), open_data(settings, *_data(plan, "retain"))
     (model,) = (store.load_net(ref) for ref in _models(plan, "model"))
-    return _make_model(settings, store, plan, run_id, retain, lambda: method.entry(model, forget, retain, cfg, seed=plan.seed))
+    return _make_model(settings, store, plan, run_id, retain, lambda: method.entry(model, forget, retain, cfg, seed=plan.seed), forget)
 
 
 def _evaluate(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:

@@ -251,6 +251,29 @@ class Store:
         found = self.client.search_model_versions(f"name = '{name}' and tags.`retort.model` = '{ref.model_id}'", max_results=1)
         return int(found[0].version) if found else None
 
+    def model_runs(self) -> list[tuple[str, dict[str, str]]]:
+        """Every finished run that made a model, registered or not, with its tags; the oldest first."""
+        found, token, order = [], None, ["attributes.start_time ASC"]
+        while True:
+            page = self.client.search_runs(
+                [self.experiment()], "tags.`retort.seen` LIKE '%'", max_results=1000, order_by=order, page_token=token
+            )
+            found += [(run.info.run_id, dict(run.data.tags)) for run in page if "retort.done" in run.data.tags]
+            if not (token := page.token):
+                return found
+
+    def versions_by_model(self) -> dict[str, list[tuple[str, int, bool]]]:
+        """The registered versions of each model, by its id: name, number, and whether it is revoked."""
+        found: dict[str, list[tuple[str, int, bool]]] = {}
+        token = None
+        while True:
+            page = self.client.search_model_versions("tags.`retort.model` LIKE '%'", max_results=1000, page_token=token)
+            for version in page:
+                revoked = version.tags.get("revoked", "false") != "false"
+                found.setdefault(version.tags["retort.model"], []).append((version.name, int(version.version), revoked))
+            if not (token := page.token):
+                return found
+
     def versions_of(self, ref: ModelRef) -> list[tuple[str, int]]:
         """Every version that holds this model, as name and number."""
         found = self.client.search_model_versions(f"tags.`retort.model` = '{ref.model_id}'")

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tasks.core.dataset import SPLITS
+from tasks.core.dataset import SPLITS, decode
+from tasks.core.erased import Erased, image_digest
 from tasks.core.errors import UserError
 from tasks.core.progress import track
 from tasks.pool import _draw, _images
 from tasks.pool._base import BATCH, Flaw, Raw, Source
 
+NOTHING_ERASED = Erased(b"", frozenset(), frozenset())
 MAX_CLASSES = 65_536  # where there are no class names to say how many
 Classes = tuple[str, ...] | None
 
@@ -38,7 +40,14 @@ class Good(NamedTuple):
 
 
 Bad = tuple[str, int, Flaw]  # file, row, flaw
-Checked = tuple[list[Good], list[Bad]]
+
+
+class Checked(NamedTuple):
+    """A batch, parted; and how many of its rows were erased once and are left out."""
+
+    good: list[Good]
+    bad: list[Bad]
+    erased: int
 
 
 def first_image(source: Source, *, size: int | None, mode: str, name: str) -> _images.Want:
@@ -54,31 +63,47 @@ def first_image(source: Source, *, size: int | None, mode: str, name: str) -> _i
     raise UserError(f"source {name} has no image that can be read ({problem}); valid: PNG, JPEG, WebP or BMP bytes")
 
 
-def checked(source: Source, want: _images.Want, classes: Classes, *, limit: int | None, name: str) -> Iterator[Checked]:
+def checked(
+    source: Source, want: _images.Want, classes: Classes, *, limit: int | None, name: str, erased: Erased = NOTHING_ERASED
+) -> Iterator[Checked]:
     """Stream a source's rows, parted into good and bad; few batches wait at a time, so memory does not grow with the source."""
     chosen = _draw.sample(source.total, limit)
     workers = min(4, os.cpu_count() or 1)
     waiting: deque[Future[Checked]] = deque()
     with ThreadPoolExecutor(workers) as threads:
         for batch in _selected(_tracked(source.batches(), source.total, name), chosen):
-            waiting.append(threads.submit(check, batch, source, want, classes))
+            waiting.append(threads.submit(check, batch, source, want, classes, erased))
             if len(waiting) > workers + 1:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def check(batch: list[Raw], source: Source, want: _images.Want, classes: Classes) -> Checked:
-    """Part a batch into good rows and bad ones."""
+def check(batch: list[Raw], source: Source, want: _images.Want, classes: Classes, erased: Erased = NOTHING_ERASED) -> Checked:
+    """Part a batch into good rows and bad ones. An erased row is neither: where it was flawed, quarantine would keep its id."""
     good: list[Good] = []
     bad: list[Bad] = []
+    gone = 0
     for raw in batch:
+        if raw.id and erased.has_id(raw.id):
+            gone += 1
+            continue
         found = check_row(raw, source, want, classes)
-        if isinstance(found, Good):
-            good.append(found)
-        else:
+        if isinstance(found, Flaw):
             bad.append((raw.file, raw.row, found))
-    return good, bad
+        elif was_erased(found, want, erased):
+            gone += 1
+        else:
+            good.append(found)
+    return Checked(good, bad, gone)
+
+
+def was_erased(row: Good, want: _images.Want, erased: Erased) -> bool:
+    """Whether a row is on the list, by its id or by its pixels in the pool's form."""
+    if not erased.ids and not erased.images:
+        return False
+    shape = (1 if want.mode == "L" else 3, want.height, want.width)
+    return erased.has_id(row.id) or erased.has_image(image_digest(decode([row.image], shape)[0]))
 
 
 def check_row(raw: Raw, source: Source, want: _images.Want, classes: Classes) -> Good | Flaw:

@@ -69,6 +69,7 @@ class Intake:
         self.train: Counter[int | None] = Counter()  # train rows by label
         self.truth: Counter[bool | None] = Counter()  # train rows by whether the caption is right
         self.top = -1  # highest label
+        self.erased = 0  # rows that came again after they were erased
         self.drawn: list[tuple[int, str, Good]] = []  # heap of the reference rows drawn so far, the one with the highest number first
 
     def take(
@@ -80,7 +81,8 @@ class Intake:
         """
         bad, reasons = 0, Counter[str]()
         first: Bad | None = None
-        for good, flaws in batches:
+        for good, flaws, erased in batches:
+            self.erased += erased
             numbers = _draw.numbers([row.id for row in good])
             again = self.seen.add(numbers[:, _draw.SEEN])
             for at in np.flatnonzero(again):
@@ -116,9 +118,9 @@ class Intake:
         self.writer.set_info(classes=classes)
 
     def figures(self) -> dict[str, float]:
-        """Rows by split, rows set aside, and the share of right captions among the train rows where that is known."""
+        """Rows by split, rows set aside and rows left out since they were erased; the share of right captions where that is known."""
         found = {"rows": float(self.rows.total()), **{f"rows_{split}": float(self.rows[split]) for split in SPLITS}}
-        found["quarantined"] = float(self.aside.rows)
+        found |= {"quarantined": float(self.aside.rows), **({"erased": float(self.erased)} if self.erased else {})}
         known = self.truth[True] + self.truth[False]
         return found | ({"share_clean": self.truth[True] / known} if known else {})
 

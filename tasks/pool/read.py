@@ -20,10 +20,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tasks.core.dataset import Info, Writer
+from tasks.core.erased import Erased
 from tasks.core.errors import UserError, without_secrets
 from tasks.core.method import MethodConfig, configured
 from tasks.pool._base import Files, Source, find, suffix
-from tasks.pool._check import Classes, checked, first_image
+from tasks.pool._check import NOTHING_ERASED, Classes, checked, first_image
 from tasks.pool._intake import Intake, Quarantine
 
 KINDS = ("digits", "parquet", "folder", "pairs")
@@ -70,11 +71,12 @@ def fingerprint(cfg: Config) -> str:
     return hashlib.md5(json.dumps(facts).encode(), usedforsecurity=False).hexdigest()
 
 
-def read_pool(cfg: Config, out: Path, *, seed: int = 0) -> dict[str, float]:
+def read_pool(cfg: Config, out: Path, *, seed: int = 0, erased: Erased = NOTHING_ERASED) -> dict[str, float]:
     """Write the source as a dataset of schema `image` with `quarantine.parquet` beside its shards, all of it or nothing.
 
-    Splits depend on ids alone; `seed` moves the wording of made captions and the digits' noise. Gives the number of `rows`, of
-    `rows_<split>` and of `quarantined` ones, and `share_clean`, the share of the train rows whose caption is right, where that is known.
+    Rows that `erased` names, by id or by content, are left out. Splits depend on ids alone; `seed` moves the wording of made captions
+    and the digits' noise. Gives the number of `rows`, of `rows_<split>`, of `quarantined` and, where there are some, of `erased` ones, and
+    `share_clean`, the share of the train rows whose caption is right, where that is known.
 
     Raises UserError where the source cannot be read, has too many bad rows, no train rows or an empty class, or where the disk is full.
     The folder `out` is then what it was.
@@ -103,7 +105,7 @@ def read_pool(cfg: Config, out: Path, *, seed: int = 0) -> dict[str, float]:
             for source, shares, into in ((trusted, none, "reference"), (pool, shares_to_draw(pool, cfg), "")):
                 if source:
                     where = without_secrets(cfg.reference_source or "") if into else name
-                    rows = checked(source, want, classes, limit=cfg.limit, name=where)
+                    rows = checked(source, want, classes, limit=cfg.limit, name=where, erased=erased)
                     total = min(source.total, cfg.limit or source.total)
                     intake.take(source, rows, shares, into=into, max_bad=cfg.max_bad, total=total, name=where)
             intake.finish(allow_empty_class=cfg.allow_empty_class, name=name)
