@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from tasks.core.descent import Carriers, carriers
 from tasks.core.errors import UserError
@@ -24,7 +25,7 @@ def show(settings: Settings, ids: Sequence[str], as_json: bool) -> None:
     Console().print(*tables(found), sep="\n")
 
 
-def plain(found: Carriers) -> dict[str, object]:
+def plain(found: Carriers) -> dict[str, Any]:
     """The carriers as plain values."""
     models = [{**model._asdict(), "ref": model.ref.model_dump()} for model in found.models]
     return {"data": [data._asdict() for data in found.data], "models": models, "unknown": list(found.unknown)}
@@ -35,9 +36,9 @@ def tables(found: Carriers) -> list[object]:
     from rich.markup import escape
     from rich.table import Table
 
-    data = Table("data version", "md5", "")
+    data = Table("data version", "md5", "samples", "")
     for carrier in found.data:
-        data.add_row(carrier.path, carrier.md5[:12], "in the project now" if carrier.here else "older")
+        data.add_row(carrier.path, carrier.md5[:12], str(carrier.samples), "in the project now" if carrier.here else "older")
     models = Table("model", "role", "made by", "why")
     for model in found.models:
         names = ", ".join(f"{name}/{version}" for name, version in model.versions) or f"not registered ({model.ref.model_id[:12]})"

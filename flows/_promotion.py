@@ -14,6 +14,7 @@ from tasks.core.store import Store
 
 OPEN = {"promoting": "promoted", "rolling-back": "rolled-back"}  # begun, and its end where all went well
 CHAMPION = "champion"
+REVOKED = "revoked"  # a champion that nothing took the place of
 
 
 def journal_of(settings: Settings) -> Journal:
@@ -27,9 +28,9 @@ def history(settings: Settings, name: str) -> list[dict[str, Any]]:
 
 
 def rightful(settings: Settings, name: str) -> int | None:
-    """The version that the journal says is champion; None where none ever was."""
-    last = [entry["version"] for entry in history(settings, name) if entry["kind"] in OPEN.values()]
-    return last[-1] if last else None
+    """The version that the journal says is champion; None where none ever was, or the last one was revoked."""
+    last = [entry for entry in history(settings, name) if entry["kind"] in (*OPEN.values(), REVOKED)]
+    return last[-1]["version"] if last and last[-1]["kind"] != REVOKED else None
 
 
 def check(settings: Settings, store: Store, name: str) -> None:
@@ -98,6 +99,15 @@ def settle(settings: Settings, store: Store) -> list[str]:
             except UserError as error:
                 undone.append(str(error))
     return undone
+
+
+def unseat(settings: Settings, store: Store, name: str, version: int, reason: str) -> None:
+    """Take the alias from a champion that is revoked while nothing takes its place; any other version is left alone."""
+    if rightful(settings, name) != version and store.aliases(name).get(CHAMPION) != version:
+        return
+    journal_of(settings).append(REVOKED, name=name, version=version, champion=version, reason=reason)
+    if store.aliases(name).get(CHAMPION) == version:
+        store.delete_alias(name, CHAMPION)
 
 
 def rollback(settings: Settings, store: Store, name: str, reason: str) -> int:

@@ -39,10 +39,12 @@ def version_of(name: str, done: Done) -> int:
     return version
 
 
-def find_model(spec: str) -> ModelRef:
-    """The model that `NAME@alias`, `NAME/version` or `NAME` (its newest version) stands for.
+def find_model(spec: str, *, revoked: bool = False) -> ModelRef:
+    """The model that `NAME@alias`, `NAME/version` or `NAME` (its newest version that is not revoked) stands for.
 
-    Raises UserError that lists what there is, or where the alias `champion` was moved past the gate.
+    revoked  give a revoked version too: to be looked at, not to be used
+
+    Raises UserError that lists what there is, or where the version is revoked or the alias `champion` was moved past the gate.
     """
     store = session().store
     name, _, which = spec.partition("@") if "@" in spec else spec.partition("/")
@@ -54,7 +56,13 @@ def find_model(spec: str) -> ModelRef:
         which = str(newest)
     if which == _promotion.CHAMPION and store.known(name):
         _promotion.check(session().settings, store, name)
-    return store.version_ref(name, which)
+    ref = store.version_ref(name, which)
+    number = store.aliases(name).get(which) or int(which)
+    tags = store.version(name, number).tags
+    if tags.get("revoked", "false") != "false" and not revoked:
+        why = tags.get("retort.revoked_reason") or "no reason was given"
+        raise UserError(f"{name}/{number} is revoked ({why}): name another version; without a number the newest that may be used is taken")
+    return ref
 
 
 def register(name: str, done: Done) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -25,3 +25,7 @@ Version = Annotated[int, Field(title="Version", ge=0, description="0: the newest
 Stages = Annotated[tuple[str, ...], Field(title="Stages", description="Names of stages in dvc.yaml; none: all")]
 Request = Annotated[str, Field(title="Request", description="Id of a stored request, or demonstration")]
 Text = Annotated[str, Field(max_length=2000)]
+Policy = Annotated[
+    Literal["auto", "unlearn", "retrain"],
+    Field(title="Policy", description="auto: unlearn, and retrain where the gate refuses; unlearn; retrain"),
+]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import _certificate_cli, _claims_cli, _find_cli, _up_cli
+from flows import _certificate_cli, _claims_cli, _find_cli, _forget_cli, _up_cli
 
 app = typer.Typer(
     add_completion=False,
@@ -172,7 +172,7 @@ def card(spec: Annotated[str, typer.Argument(help="NAME@alias, NAME/version, or 
 
     with use(Session(project())) as here:
         name = spec.replace("@", "/").partition("/")[0]
-        version = here.store.version_of(name, find_model(spec))
+        version = here.store.version_of(name, find_model(spec, revoked=True))
         assert version is not None
         path = here.settings.reports / f"card-{name}-{version}.html"
         files.write_text(path, render_card(gather(here.settings, here.store, name, version)))
@@ -252,7 +252,7 @@ def ui(
     serve_pages(project(), prefect_port, mlflow_port)
 
 
-for _command in (_up_cli.up, _up_cli.down, _up_cli.status, _find_cli.fit, _find_cli.find_model):
+for _command in (_up_cli.up, _up_cli.down, _up_cli.status, _find_cli.fit, _find_cli.find_model, _forget_cli.forget):
     app.command(_command.__name__.replace("_", "-"))(_command)
 
 

@@ -61,8 +61,11 @@ def evaluate_new(name: Name, version: Version = 0) -> Done:
 
 
 @flow(name="evaluate forgetting")
-def evaluate_forgetting(work: Unlearned) -> Done:
-    """Hold an unlearned model and its references against the original and the retrained one."""
+def evaluate_forgetting(work: Unlearned, scenario: str = "samples") -> Done:
+    """Hold an unlearned model and its references against the original and the retrained one.
+
+    scenario  samples, or class where all rows of a class were to be forgotten
+    """
     here = session()
     models: dict[str, Ref] = {
         "original": work.original,
@@ -77,7 +80,9 @@ def evaluate_forgetting(work: Unlearned) -> Done:
     }
     assert isinstance(work.chosen.ref, ModelRef)
     about = {ABOUT: work.chosen.ref.sha256}
-    done = step(Plan("forgetting", "evaluate.forgetting", {}, inputs, here.seed, about))
+    done = step(
+        Plan("forgetting", "evaluate.forgetting", {"scenario": scenario} if scenario != "samples" else {}, inputs, here.seed, about)
+    )
     assert isinstance(done.ref, EvidenceRef)
     by = read_evidence(here.store, done.ref).figures
     share = work.chosen.seconds / max(work.references["retrain"].seconds, 1e-9)

@@ -89,7 +89,8 @@ def _draw(refs: tuple[DataRef, ...], rows: int, seed: int) -> str:
 def _newest_trained() -> ModelRef:
     here = session()
     name = model_name("teacher")
-    trained = [version for version in here.store.versions(name) if version.tags.get("retort.role") == "teacher"]
+    known = [found for found in here.store.versions(name) if found.tags.get("revoked", "false") == "false"]
+    trained = [version for version in known if version.tags.get("retort.role") == "teacher"]
     return find_model(f"{name}/{trained[-1].version}") if trained else find_model(name)
 
 

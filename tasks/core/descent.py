@@ -26,11 +26,12 @@ from tasks.core.store import Store
 
 
 class DataCarrier(NamedTuple):
-    """A data version that holds some of the samples or rows made from them. `here`: it is the one in the project's folder."""
+    """A data version that holds rows of so many of the samples, or rows made from them. `here`: it is the one in the project's folder."""
 
     path: str
     md5: str
     here: bool
+    samples: int
 
 
 class ModelCarrier(NamedTuple):
@@ -64,8 +65,8 @@ def carriers(settings: Settings, store: Store, ids: Collection[str]) -> Carriers
         keys = version_keys(settings, path, md5)
         if keys is None:
             unknown.append((path, md5))
-        elif seen.holds(keys, wanted).any():
-            data.append(DataCarrier(path, md5, here))
+        elif held := int(seen.holds(keys, wanted).sum()):
+            data.append(DataCarrier(path, md5, here, held))
     return Carriers(tuple(data), tuple(_models(settings, store, wanted)), tuple(unknown))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +52,18 @@ def salted(value: bytes, salt: bytes) -> bytes:
     return hashlib.blake2b(value, key=salt, digest_size=16).digest()
 
 
+LONGEST_CONCEPT = 5  # words
+
+
 @dataclass(frozen=True)
 class Erased:
-    """The list: salted hashes of ids and of contents."""
+    """The list: salted hashes of ids and of contents; and of the names of classes and the words of concepts that are gone as a whole."""
 
     salt: bytes
     ids: frozenset[bytes]
     images: frozenset[bytes]
+    classes: frozenset[bytes] = frozenset()
+    concepts: frozenset[bytes] = frozenset()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,22 +76,43 @@ class Erased:
         """Whether a row of this content (`image_digest`) was erased."""
         return bool(self.images) and salted(digest, self.salt) in self.images
 
+    def has_class(self, name: str) -> bool:
+        """Whether a class was erased as a whole."""
+        return bool(self.classes) and salted(name.encode(), self.salt) in self.classes
+
+    def has_concept(self, caption: str) -> bool:
+        """Whether a caption speaks of something that was erased as a whole."""
+        if not self.concepts:
+            return False
+        found = words(caption)
+        spans = (found[at : at + n] for n in range(1, LONGEST_CONCEPT + 1) for at in range(len(found) - n + 1))
+        return any(salted(" ".join(span).encode(), self.salt) in self.concepts for span in spans)
+
     @staticmethod
     def read(folder: Path) -> Erased:
         """Read the list of a project's `data/erased`; empty where there is none. Raises UserError where it cannot be read."""
         table, salt = _stored(folder)
-        hashes: dict[str, list[Any]] = {"id": [], "image": []}
+        hashes: dict[str, list[Any]] = {"id": [], "image": [], "class": [], "concept": []}
         for kind, value in zip(table["kind"].to_pylist(), table["hash"].to_pylist(), strict=True):
             hashes[kind].append(value)
-        return Erased(salt, frozenset(hashes["id"]), frozenset(hashes["image"]))
+        return Erased(salt, *(frozenset(found) for found in hashes.values()))
 
 
-def add(folder: Path, traces: Traces, request: str) -> bool:
-    """Put the traces of a request on the list; False where they stood there already. The file is replaced whole or not at all."""
+def words(text: str) -> list[str]:
+    """The words of a text, in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def add(folder: Path, traces: Traces, request: str, *, class_name: str = "", concept: str = "") -> bool:
+    """Put the traces of a request on the list, and the class or concept that it names; False where all stood there already.
+
+    The file is replaced whole or not at all.
+    """
     table, salt = _stored(folder)
     there = {(kind, value) for kind, value in zip(table["kind"].to_pylist(), table["hash"].to_pylist(), strict=True)}
     salt = salt or secrets.token_bytes(16)
     wanted = {("id", salted(name.encode(), salt)) for name in traces.ids} | {("image", salted(digest, salt)) for digest in traces.images}
+    wanted |= {(kind, salted(text.encode(), salt)) for kind, text in (("class", class_name), ("concept", " ".join(words(concept)))) if text}
     fresh = sorted(wanted - there)
     if not fresh:
         return False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from pydantic import BaseModel
 
 from tasks.core import files
 from tasks.core.dataset import SPLITS, Dataset, Info, read_info
+from tasks.core.erased import Traces
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings
 
@@ -110,28 +113,45 @@ def info_of(settings: Settings, ref: DataRef) -> Info:
     return info if info.licence or not (pool / "dataset.json").exists() else read_info(pool)
 
 
+def request_file(settings: Settings, request: str) -> Path:
+    """Where the samples of a request are listed, in this one file, and never in a tag, a parameter or a log."""
+    return settings.home / "requests" / f"{request}.parquet"
+
+
 def request_ids(settings: Settings, request: str) -> list[str]:
-    """The sample ids of a request. They live in this one file, and never in a tag, a parameter or a log."""
+    """The sample ids of a request."""
+    return sorted(request_traces(settings, request).ids)
+
+
+def request_traces(settings: Settings, request: str) -> Traces:
+    """The sample ids of a request and, of a deletion request, the contents. Raises UserError where the list is gone."""
     import pyarrow.parquet as pq
 
-    return list(pq.read_table(settings.home / "requests" / f"{request}.parquet")["sample_id"].to_pylist())
+    path = request_file(settings, request)
+    if not path.exists():
+        raise UserError(f"the list of samples of request {request} is not here: it was erased, or another copy of the project has it")
+    table = pq.read_table(path)
+    ids, images = (frozenset(value for value in table[name].to_pylist() if value) for name in ("sample_id", "image"))
+    return Traces(ids, images)
 
 
-def write_request(settings: Settings, ids: list[str]) -> str:
-    """Store the ids of a request and give its id, which says nothing about them. The same ids give the same request."""
+def write_request(settings: Settings, ids: Sequence[str], images: Sequence[bytes] = ()) -> str:
+    """Store the samples of a request and give its id, which says nothing about them. The same samples give the same request."""
     import pyarrow as pa
 
     from tasks.core.dataset import write_parquet
 
-    ids = sorted(ids)
+    ids, images = sorted(ids), sorted(images)
     secret = _secret(settings)
-    request = "r-" + hashlib.blake2b(json.dumps(ids).encode(), key=secret, digest_size=8).hexdigest()
-    target = settings.home / "requests" / f"{request}.parquet"
+    asked = json.dumps([ids, [image.hex() for image in images]]).encode()
+    request = "r-" + hashlib.blake2b(asked, key=secret, digest_size=8).hexdigest()
+    target = request_file(settings, request)
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_suffix(".new")
-        write_parquet(fresh, pa.table({"sample_id": ids}))
-        fresh.replace(target)
+        n = max(len(ids), len(images))
+        content = io.BytesIO()
+        columns = {"sample_id": [*ids, *[None] * (n - len(ids))], "image": [*images, *[None] * (n - len(images))]}
+        write_parquet(content, pa.table(columns, schema=pa.schema([("sample_id", pa.string()), ("image", pa.binary())])))
+        files.write_bytes(target, content.getvalue())
     return request
 
 

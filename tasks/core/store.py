@@ -292,12 +292,12 @@ class Store:
         return found if "retort.model" in found.tags else None
 
     def newest(self, name: str) -> int | None:
-        """The newest version that this project's flows made, or None."""
+        """The newest version that this project's flows made and that is not revoked, or None."""
         if not self.known(name):
             return None
         # of versions alone: others may have put some there that are not ours
         for found in self.client.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"], max_results=100):
-            if "retort.model" in found.tags:
+            if "retort.model" in found.tags and found.tags.get("revoked", "false") == "false":
                 return int(found.version)
         return None
 

@@ -91,19 +91,21 @@ def check(batch: list[Raw], source: Source, want: _images.Want, classes: Classes
         found = check_row(raw, source, want, classes)
         if isinstance(found, Flaw):
             bad.append((raw.file, raw.row, found))
-        elif was_erased(found, want, erased):
+        elif was_erased(found, want, classes, erased):
             gone += 1
         else:
             good.append(found)
     return Checked(good, bad, gone)
 
 
-def was_erased(row: Good, want: _images.Want, erased: Erased) -> bool:
-    """Whether a row is on the list, by its id or by its pixels in the pool's form."""
-    if not erased.ids and not erased.images:
-        return False
+def was_erased(row: Good, want: _images.Want, classes: Classes, erased: Erased) -> bool:
+    """Whether a row is on the list: by its id, its class, its caption, or its pixels in the pool's form."""
+    if erased.has_id(row.id) or erased.has_concept(row.caption or ""):
+        return True
+    if row.label is not None and erased.has_class(class_name(row.label, classes)):
+        return True
     shape = (1 if want.mode == "L" else 3, want.height, want.width)
-    return erased.has_id(row.id) or erased.has_image(image_digest(decode([row.image], shape)[0]))
+    return bool(erased.images) and erased.has_image(image_digest(decode([row.image], shape)[0]))
 
 
 def check_row(raw: Raw, source: Source, want: _images.Want, classes: Classes) -> Good | Flaw:

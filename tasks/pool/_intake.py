@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core.dataset import QUARANTINE, SCHEMAS, SPLITS, Writer, image_column
+from tasks.core.erased import Erased
 from tasks.core.errors import UserError
 from tasks.pool import _draw
 from tasks.pool._base import BATCH, Flaw, Source
@@ -99,8 +100,10 @@ class Intake:
                     f"the first is in {file}, row {row}, column {flaw.column!r} ({flaw.reason})"
                 )
 
-    def finish(self, *, allow_empty_class: bool, name: str) -> None:
-        """Write the drawn reference rows and state the facts. Raises UserError where there are no train rows or a class has none."""
+    def finish(self, *, allow_empty_class: bool, erased: Erased, name: str) -> None:
+        """Write the drawn reference rows and state the facts. Raises UserError where there are no train rows, or a class has none that was
+        not erased.
+        """
         rows = [row for _, _, row in sorted(self.drawn, reverse=True)]
         for at in range(0, len(rows), BATCH):
             some = rows[at : at + BATCH]
@@ -110,7 +113,7 @@ class Intake:
         if not self.rows["train"]:
             raise UserError(f"source {name} has no train row, only {', '.join(self.rows)}; add some, or set columns.split to null")
         classes = self.classes or tuple(f"class {label}" for label in range(self.top + 1))
-        empty = [label for label in range(len(classes)) if not self.train[label]]
+        empty = [label for label in range(len(classes)) if not self.train[label] and not erased.has_class(classes[label])]
         if empty and not allow_empty_class:
             more = f", and {len(empty) - 1} more" if len(empty) > 1 else ""
             which = f"class {classes[empty[0]]!r} (label {empty[0]}{more})"

@@ -108,7 +108,7 @@ def read_pool(cfg: Config, out: Path, *, seed: int = 0, erased: Erased = NOTHING
                     rows = checked(source, want, classes, limit=cfg.limit, name=where, erased=erased)
                     total = min(source.total, cfg.limit or source.total)
                     intake.take(source, rows, shares, into=into, max_bad=cfg.max_bad, total=total, name=where)
-            intake.finish(allow_empty_class=cfg.allow_empty_class, name=name)
+            intake.finish(allow_empty_class=cfg.allow_empty_class, erased=erased, name=name)
         return intake.figures()
     except OSError as error:
         if error.errno not in NO_SPACE:

@@ -1,4 +1,4 @@
-"""What a version knows, from its answers: boundary images between the classes that it names, embedded; and the same of a task."""
+"""What a version knows, from its answers: boundary images between the classes that it names, embedded; a task likewise; both compared."""
 
 from __future__ import annotations
 

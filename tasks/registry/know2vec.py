@@ -5,8 +5,16 @@ Idea    a version answers stored probe images with labels only. Between two prob
         the answer turns. A frozen encoder and a BiLSTM for each class over its boundary images make one vector of it, few labelled images
         of a task likewise another. Both are trained on a zoo of small networks: a margin between a task's own network and the hardest
         other one by cosine, and a cross-entropy that tells the task from the vector
-Small   -
-Limits  -
+Small   the encoder is a small network fitted on the labelled rows, not ResNet-18. One reader serves both sides, a query's class means
+        and the points half-way between them in the places of anchors and boundaries: with one for each side top-1 fell from .60 to .50
+        (validation, 4 seeds). Anchors are probes that keep their label longest on the way to others; a class's own cell adds the mean
+        of all probes of that answer. The cross-entropy tells the set of classes, so that tasks share what they have in common; states
+        begin at zero, not at random. The branch that regresses transfer accuracy is left out
+Limits  Fashion-MNIST, 40 networks of three classes each, of sets that no network of the zoo had, queries of five images a class, 5 seeds:
+        top-1 .67, plain answers .52, chance .025. Matching the same anchors one to one with the query's class means, with nothing
+        trained, gets .66: the gain is that of the probing, not of the reader. What comes first is .11 less accurate on the task than
+        the best, far from .02. On validation seeds the gain was less even (.03 to .18), and other first weights moved top-1 by .05.
+        A version answers 7,900 images once; running it on a query takes 15. Not tried: many classes, other designs
 """
 
 from __future__ import annotations
@@ -53,11 +61,10 @@ class Config(MethodConfig):
     shots: int = Field(5, ge=1, description="images of a class in a training query")  # original code
     hidden: int = Field(64, ge=1, description="width of the BiLSTM")  # original code: 500
     size: int = Field(128, ge=2, description="length of a vector")  # original code: 256
-    steps: int = Field(250, ge=1, description="training steps of the reader; more overfit")
+    steps: int = Field(250, ge=1, description="training steps of the reader")  # twice as many: no gain
     batch: int = Field(60, ge=2, description="pairs of a step")  # original code: 200
-    lr: float = Field(3e-3, gt=0, description="learning rate of Adam, at its peak")  # original code: 1e-4, ten thousand passes
+    lr: float = Field(1e-2, gt=0, description="learning rate of Adam, at its peak")  # original code: 1e-4, ten thousand passes
     margin: float = Field(0.4, ge=0, description="by which the own network must be closer than the hardest other one")  # original code
-    telling: float = Field(0.3, ge=0, description="weight of the cross-entropy by which a vector tells its task")  # original code: 1
     dropout: float = Field(0.2, ge=0, lt=1, description="of the reader's input")
 
 
@@ -231,7 +238,7 @@ def fit_matcher(rows: Dataset, cfg: Config = Config(), *, seed: int = 0, device:
         reader = Reader(len(mean), cfg.hidden, cfg.size, cfg.dropout)
         fit_reader(
             reader, cells, tasks, [torch.from_numpy(features[at]) for at in members], shots=cfg.shots, steps=cfg.steps, batch=cfg.batch,
-            lr=cfg.lr, margin=cfg.margin, weight=cfg.telling, generator=generator,
+            lr=cfg.lr, margin=cfg.margin, generator=generator,
         )  # fmt: skip
     return Matcher(encoder, mean, reader.eval(), images[some], cfg)
 
@@ -259,7 +266,7 @@ def read_each(reader: Reader, cells: Sequence[Tensor]) -> Tensor:
 
 def fit_reader(
     reader: Reader, cells: Sequence[Tensor], tasks: Sequence[tuple[int, ...]], members: Sequence[Tensor], *, shots: int, steps: int,
-    batch: int, lr: float, margin: float, weight: float, generator: torch.Generator,
+    batch: int, lr: float, margin: float, generator: torch.Generator,
 ) -> None:  # fmt: skip
     """Train the reader in place on networks with `cells` (draws, K, K, D) for `tasks`, and queries of `shots` of the features of each
     class, `members` (n, D). The task is told from either vector as its set of classes: so networks of different tasks teach each other.
@@ -285,7 +292,7 @@ def fit_reader(
         target = sets[chosen]
         loss = ranking_loss(model, query, (target[:, None] == target[None]).all(2), margin)
         for vectors in (model, query):
-            loss = loss + weight * F.cross_entropy(SHARP * tell(vectors), target / target.sum(1, keepdim=True))
+            loss = loss + F.cross_entropy(SHARP * tell(vectors), target / target.sum(1, keepdim=True))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -32,8 +32,8 @@ from tasks.registry._graph import PREFIXES, Facts, graph, memory, on_board, room
 if TYPE_CHECKING:
     from rdflib import Graph
 
-# rdflib walks patterns with the most known terms first, and joins one pair of groups row by row, further ones all with all: so there are two
-# groups, and a type is compared instead of stated, which would start at every node of that type. Time is linear in the versions by that.
+# rdflib walks patterns with the most known terms first, and joins one pair of groups row by row, further ones all with all: so there are
+# two groups, and a type is compared instead of stated, which would start at every node of that type. By that time is linear in versions.
 QUERY = """
 SELECT ?name ?accuracy ?weights ?flash ?activations ?ram WHERE {
   {

@@ -96,6 +96,24 @@ def test_an_erased_row_that_comes_back_damaged_does_not_enter_quarantine(tmp_pat
     assert b"alice" not in (tmp_path / "pool" / "quarantine.parquet").read_bytes()
 
 
+def test_an_erased_class_stays_out_and_its_label_stays_free(tmp_path: Path) -> None:
+    cfg = read.configure({"source": "digits", "limit": 600})
+    erased.add(tmp_path / "erased", Traces(frozenset(), frozenset()), "r-1", class_name="three")
+    figures = read.read_pool(cfg, tmp_path / "pool", erased=Erased.read(tmp_path / "erased"))
+    pool = Dataset.open(tmp_path / "pool")
+    assert figures["erased"] > 30
+    assert 3 not in pool.labels()
+    assert pool.info.classes[3:5] == ("three", "four")
+
+
+def test_an_erased_concept_keeps_out_captions_that_speak_of_it_in_these_words(tmp_path: Path) -> None:
+    erased.add(tmp_path, Traces(frozenset(), frozenset()), "r-1", concept="Red bicycle")
+    found = Erased.read(tmp_path)
+    assert found.has_concept("a red, bicycle leaning on a wall")
+    assert not found.has_concept("a bicycle, red as a wall")
+    assert not found.has_concept("a red bicycles")
+
+
 def _pngs(n: int) -> list[bytes]:
     from tasks.core.dataset import encode
 
