@@ -62,11 +62,10 @@ def kept(as_json: Json = False) -> None:
         print(json.dumps(found, indent=1, ensure_ascii=False))  # noqa: T201
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(
-        "request", "finished", "what", "samples", "models", "found again", title=f"{len(found)} certificates", title_justify="left"
-    )
+    columns = (Column("request", no_wrap=True, min_width=18), "finished", "what", "samples", "models", "found again")
+    table = Table(*columns, title=f"Certificates: {len(found)}", title_justify="left")
     for one in found:
         waiting = sum(model["action"] == "waiting" for model in one["models"])
         models = f"{len(one['models'])}, {waiting} waiting" if waiting else str(len(one["models"]))

@@ -15,7 +15,8 @@ TEST = "data/pool:test"
 GALLERY = "data/pool:reference"
 CANDIDATE, CHAMPION = "candidate", "champion"
 OF_SHIFTS = ("shifted_accuracy", "worst_shift_accuracy", "accuracy_")
-OF_FORGETTING = ("avg_gap", "ua", "ra", "ta", "mia", "zrf")
+TO_RETRAINED = ("avg_gap", "relearn_ratio")  # no numbers where the comparison with a retrained model is void
+OF_FORGETTING = (*TO_RETRAINED, "ua", "ra", "ta", "mia", "zrf", "relearn", "head", "activation_distance", "ks", "ks_p")
 ABOUT = "retort.about"  # tag of a run of evidence: the model whose forgetting it measured
 
 
@@ -58,7 +59,7 @@ def _renamed(found: Evidence) -> Evidence:
         return found
     by = dict(found.figures["unlearned"])
     if "void" in by and by["void"].value:
-        by["avg_gap"] = Figure.exact(math.nan)
+        by |= dict.fromkeys(TO_RETRAINED, Figure.exact(math.nan))
     return Evidence({CANDIDATE: by}, {f"forgetting {role}": md5 for role, md5 in found.data.items()})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,9 @@ def forget(
     concept: Annotated[str, typer.Option(help="All samples whose caption has these words, and new ones that come.")] = "",
     policy: Annotated[str, typer.Option(help="auto: unlearn, and retrain where the gate refuses; unlearn; retrain.")] = "auto",
     reason: Annotated[str, typer.Option(help="Kept with the request and shown on the certificate: never a name.")] = "",
+    later: Annotated[
+        bool, typer.Option("--later", help="Only write the request down: the next 'retort forget' or a server's does it.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what carries the samples, what would be done and what it costs.")
     ] = False,
@@ -33,7 +37,7 @@ def forget(
     asked = (samples, where, class_name, concept)
     if any(asked):
         settings = project()
-        with project_lock(settings), use(Session(settings)) as here:
+        with project_lock(settings), use(Session(settings, served=bool(os.environ.get("PREFECT_API_URL")))) as here:
             if (done := _certified(here, *asked)) is not None:
                 print(f"these samples were erased already: request {done.id}, see 'retort certificate show {done.id}'")  # noqa: T201
                 return
@@ -45,9 +49,18 @@ def forget(
                 return
             request = receive(here, selection, policy, reason)
             print(f"request {request.id}: {request.samples} samples, {request.state}", flush=True)  # noqa: T201
+            if later:
+                return
     elif dry_run:
         raise UserError("--dry-run shows a request: name its samples with --samples, --where, --class or --concept")
     execute(lambda: _flow("forget"))
+
+
+def audit() -> None:
+    """Check every certificate against the project as it is now."""
+    from flows.cli import _flow, execute
+
+    execute(lambda: _flow("audit"))
 
 
 def _certified(here: Any, samples: str, where: str, class_name: str, concept: str) -> Any:

@@ -29,3 +29,10 @@ Policy = Annotated[
     Literal["auto", "unlearn", "retrain"],
     Field(title="Policy", description="auto: unlearn, and retrain where the gate refuses; unlearn; retrain"),
 ]
+Path = Annotated[str, Field(title="Samples", description="A file on the machine of the worker, with one sample id a line")]
+Condition = Annotated[str, Field(title="Condition", description="On label, class, caption, split and source, as in SQL; never an id")]
+Class = Annotated[str, Field(title="Class", description="The name of a class: all of its samples, and new ones that come")]
+Concept = Annotated[str, Field(title="Concept", description="Words of a caption: all samples that have them, and new ones that come")]
+Reason = Annotated[
+    str, Field(title="Reason", max_length=500, description="Kept with the request and shown on the certificate: never a name")
+]

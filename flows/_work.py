@@ -23,7 +23,7 @@ from tasks.core.step import preload
 from tasks.core.store import Store
 
 SHOWN = 20  # versions of a model in the closing lines
-DIRECT = ("promote",)  # flows that may be done without Prefect, where no server runs that would show them
+DIRECT = ("promote", "audit")  # flows that may be done without Prefect, where no server runs that would show them
 DATA_FIRST = ("lifecycle", "curate")  # flows that begin with the data stages
 
 

@@ -252,7 +252,7 @@ def ui(
     serve_pages(project(), prefect_port, mlflow_port)
 
 
-for _command in (_up_cli.up, _up_cli.down, _up_cli.status, _find_cli.fit, _find_cli.find_model, _forget_cli.forget):
+for _command in (_up_cli.up, _up_cli.down, _up_cli.status, _find_cli.fit, _find_cli.find_model, _forget_cli.forget, _forget_cli.audit):
     app.command(_command.__name__.replace("_", "-"))(_command)
 
 

@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.events import DeploymentEventTrigger
 from prefect.schedules import Cron
 
-from flows._runs import DATA_CHANGED, REFUSED, TRAINED
+from flows._runs import BROKEN, DATA_CHANGED, RECEIVED, REFUSED, TRAINED
 
 FILE = Path(__file__).with_name("prefect.yaml")
 POOL = "retort"
@@ -74,6 +74,14 @@ ALL = (
         },
     ),
     Deployment("claims", "weekly", "Measure every method's claim again; a changed status opens a notice", cron="0 3 * * 0"),
+    Deployment("forget", "on-request", "Do the deletion requests that wait, when one was received", on=RECEIVED),
+    Deployment("forget", "poll", "Do the deletion requests that wait: one whose event was missed is not forgotten", cron="30 * * * *"),
+    Deployment("forget", "by-hand", "Receive a deletion request and do it, with all that wait"),
+    Deployment("audit", "weekly", "Check every certificate against the project as it is now", cron="0 4 * * 0"),
+    Deployment(
+        "notice", "on-broken-certificate", "Write a notice when a certificate no longer holds", on=BROKEN,
+        given={"event": "{{ event.event }}", "about": "{{ event.payload.request }}", "reason": "{{ event.payload.reason }}"},
+    ),
     Deployment("lifecycle", "by-hand", "The main job: from the source to a promoted model and a report"),
     Deployment("curate", "by-hand", "Bring the data stages up to date"),
     Deployment("train", "by-hand", "Train a teacher"),

@@ -9,6 +9,7 @@ Each step may be repeated. What the next ones need of it is kept with the reques
 
 from __future__ import annotations
 
+import pathlib
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,9 +21,9 @@ from prefect.cache_policies import NO_CACHE
 from flows import _forget
 from flows._descent import plain
 from flows._registry import model_name
-from flows._runs import STEP_SECONDS, emit, shown
+from flows._runs import CERTIFIED, RECEIVED, STEP_SECONDS, emit, shown
 from flows._session import NeedsRun, Session, call, session
-from flows._types import Policy, Text
+from flows._types import Class, Concept, Condition, Path, Policy, Reason
 from flows.curate import curate, follow, versions
 from tasks.core import certificate, erased, refs, requests
 from tasks.core.descent import carriers
@@ -34,7 +35,6 @@ from tasks.core.refs import ModelRef
 from tasks.core.remains import search
 from tasks.core.requests import Request, Selection
 
-RECEIVED, CERTIFIED = "retort.request.received", "retort.request.certified"
 BEYOND = (
     "Copies of the data or of the models that were taken out of this project: other clones, downloads, backups, caches of build servers.",
     "Older versions that a storage service keeps by itself, such as a bucket with versioning.",
@@ -45,7 +45,12 @@ BEYOND = (
 
 @flow(name="forget")
 def forget(
-    samples_file: Text = "", where: Text = "", class_name: Text = "", concept: Text = "", policy: Policy = "auto", reason: Text = ""
+    samples_file: Path = "",
+    where: Condition = "",
+    class_name: Class = "",
+    concept: Concept = "",
+    policy: Policy = "auto",
+    reason: Reason = "",
 ) -> list[str]:
     """Do the requests that wait, all together; and the one that is described here, if one is.
 
@@ -75,13 +80,11 @@ def forget(
 
 def select(here: Session, samples_file: str, where: str, class_name: str, concept: str) -> Selection:
     """The samples that are meant. Raises UserError where it is not exactly one way of naming them, or names none."""
-    from pathlib import Path
-
     if sum(map(bool, (samples_file, where, class_name, concept))) != 1:
         raise UserError("name the samples in one way: --samples FILE, --where CONDITION, --class NAME or --concept TEXT")
     if samples_file:
         try:
-            lines = Path(samples_file).read_text(encoding="utf-8").splitlines()
+            lines = pathlib.Path(samples_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{samples_file} cannot be read: {error}") from None
         return requests.by_ids(here.settings, [line.strip() for line in lines])
