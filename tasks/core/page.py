@@ -161,7 +161,26 @@ FORGETTING_COLUMNS: dict[str, tuple[str, str, Any]] = {
     "ta": ("TA", "accuracy on the test rows, in percent", _number(1)),
     "mia": ("MIA", "share of the forgotten rows that a membership attack calls unseen, in percent", _number(1)),
     "avg_gap": ("Avg. gap", "mean distance to the retrained model over these four, in points: 0 is best", _number(1)),
+    "avg_gap_spread": ("Their gap", "mean avg. gap between two retrained models: what is closer than that is as good", _number(1)),
     "zrf": ("ZRF", "likeness to a random network on the forgotten rows; to be read beside the retrained model's", _number(3)),
+    "relearn": ("Relearn", "steps until it knows the forgotten rows again nearly as the original does; cut at a limit", _number(0)),
+    "relearn_ratio": ("AIN", "these steps over the retrained model's: below 1, traces are left", _number(2)),
+    "head": (
+        "New head",
+        "accuracy on the forgotten rows of a new last layer on its features, in percent; beside the retrained model's",
+        _number(1),
+    ),
+    "head_test": ("New head, test", "the same on test rows of the forgotten class", _number(1)),
+    "activation_distance": ("Distance", "from the retrained model's class probabilities, on the forgotten rows", _number(3)),
+    "activation_distance_retained": ("Distance, kept", "the same on the retained rows", _number(3)),
+    "ks": ("KS", "largest gap between its and the retrained model's distributions of confidence on the forgotten rows", _number(3)),
+    "ks_p": ("KS p", "probability of such a gap or a larger one between samples of one distribution", _number(3)),
+    "lira_auc": ("LiRA", "how well an attack with shadow networks tells forgotten rows from unseen ones: 0.5 is chance", _number(3)),
+    "lira_members": (
+        "LiRA members",
+        "share of the forgotten rows that it calls members, where it calls 5% of unseen rows so, in percent",
+        _number(1),
+    ),
 }
 FORGETTING_ORDER = ("original", "unlearned", "finetune", "retrain")
 

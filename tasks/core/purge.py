@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.core import _stores
+from tasks.core._artifacts import Artifacts, artifact_homes
 from tasks.core._caches import purge_artifacts, purge_caches, purge_requests, purge_weights
 from tasks.core._look import Looker, Unreadable
-from tasks.core._stores import Artifacts, DvcStore, oid_of
+from tasks.core._stores import DvcStore, oid_of
 from tasks.core.erased import Traces
 from tasks.core.errors import UserError
 from tasks.core.refs import ModelRef
@@ -78,7 +79,7 @@ def purge(
             whole = set(_whole(stores, listed)) | _used(repo)
         purge_caches(settings, looker, whole, note)
         with _reachable("MLflow's artifacts"):
-            for home in _stores.artifact_homes(store):
+            for home in artifact_homes(store):
                 purge_artifacts(Artifacts(store, home, work), looker, whole, note)
             purge_weights(store, models, work, note)
         purge_requests(settings, looker, {path.resolve() for path in keep}, note)

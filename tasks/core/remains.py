@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.core import _stores
+from tasks.core import _artifacts, _stores
+from tasks.core._artifacts import Artifacts
 from tasks.core._look import Looker, Unreadable
-from tasks.core._stores import SMALL, WORK, Artifacts, Closed, DvcStore, Item
+from tasks.core._stores import SMALL, WORK, Closed, DvcStore, Item
 from tasks.core.erased import Traces
 from tasks.core.errors import without_secrets
 from tasks.core.settings import Settings
@@ -182,8 +183,8 @@ def _items(
             if path.is_file():
                 yield _stores.local("DVC's own files", str(path), path)
     yield from _stores.git_objects(settings.root, work)
-    for home in _stores.artifact_homes(store):
-        folder = _stores.local_folder(home)
+    for home in _artifacts.artifact_homes(store):
+        folder = _artifacts.local_folder(home)
         if folder is not None and settings.home.resolve() in (folder.resolve(), *folder.resolve().parents):
             continue  # seen with the project's folder
         try:
@@ -202,7 +203,7 @@ def _records(settings: Settings, store: Store, looker: Looker, report: Report) -
         count = report.counts.setdefault("MLflow records", Count())
         for found in store.client.search_experiments():
             ours = "" if store.embedded else f"tags.`retort.project` = '{store.project}'"
-            for run in _stores.runs_of(store, found.experiment_id, ours):
+            for run in _artifacts.runs_of(store, found.experiment_id, ours):
                 count.rows += 1
                 said = [run.info.run_name or "", *run.data.tags.values(), *run.data.params.values()]
                 said += [one.dataset.source + one.dataset.name for one in run.inputs.dataset_inputs] if run.inputs else []

@@ -211,6 +211,24 @@ def registry(place: Path) -> None:
     show("importing mlflow, torch and prefect alone", f"{imports:.2f} s", "")
 
 
+def lineage(place: Path) -> None:
+    """Everything that was made from one sample, in a large project; and the size of what a model says that it saw."""
+    from tasks.core import seen
+    from tests.benchmarks import descent
+
+    folder = workspace.make(place / "lineage", workspace.smoke_params())
+    sample = descent.fill(folder)
+    command = [PYTHON, "-m", "flows.cli", "lineage", "--sample", sample, "--json"]
+    first = timed(command, folder)
+    found = json.loads(timed_output(command, folder))
+    assert (len(found["data"]), len(found["models"])) == (descent.DATA_VERSIONS, descent.MODELS)
+    imports = median([PYTHON, "-c", "import mlflow.tracking"], folder, 3)
+    words = f"1,000,000 samples, 100 data versions, 1,000 models: retort lineage --sample (first time {first:.1f} s, of it mlflow's import"
+    show(f"{words} {imports:.1f} s)", f"{median(command, folder, 3):.2f} s", "2 s or less")
+    seen.write(folder / seen.FILE, seen.keys_of(f"sample-{at:07d}" for at in range(descent.SAMPLES)))
+    show("what a model saw, a million ids", f"{(folder / seen.FILE).stat().st_size / 1e6:.2f} MB", "5 MB or less")
+
+
 def promotion(folder: Path) -> tuple[float, float]:
     """Seconds of the flow that promotes a version on evidence that is there, and of the whole command."""
     command = [PYTHON, "-m", "flows.cli", "promote", "digits-teacher", "--version"]
@@ -262,6 +280,7 @@ ALL: dict[str, Callable[[Path], None]] = {
     "memory": memory,
     "concurrent": concurrent,
     "registry": registry,
+    "lineage": lineage,
 }
 
 

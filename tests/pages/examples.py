@@ -421,3 +421,105 @@ def hard_claims() -> list[dict[str, Any]]:
         claim("filter.dfn"),
         {**claim("train.never"), **none, "seeds": [], "data": {}, "arms": {}, "conditions": {}, "stale": True, "why": "never measured"},
     ]
+
+
+def certificate(**changes: Any) -> dict[str, Any]:
+    """A signed certificate of a request that went well: two models, one of them a student."""
+    md5 = [f"{k}{'a81be02f41d5e6f708192a3b4c5d6e7'}.dir" for k in range(9)]
+    teacher = {
+        "name": "digits-teacher",
+        "version": 2,
+        "role": "teacher",
+        "sha256": "4f" * 32,
+        "action": "unlearned",
+        "method": "unlearn.l1_sparse",
+        "replaced_by": 3,
+        "figures": {"ua": 4.2, "ra": 99.1, "ta": 96.4, "mia": 31.0, "avg_gap": 1.3},
+        "reference": "7b" * 32,
+        "void": False,
+        "gate": "passed",
+        "champion": True,
+    }
+    student = {**teacher, "name": "digits-student", "version": 1, "role": "student", "sha256": "c3" * 32, "action": "distilled again"}
+    return {
+        "version": 1,
+        "request": REQUEST,
+        "kind": "samples",
+        "reason": "erasure under article 17",
+        "policy": "unlearn",
+        "asked_at": "2026-10-30T12:00:00+00:00",
+        "finished_at": "2026-10-30T12:41:07+00:00",
+        "samples": {
+            "count": 12,
+            "salt": "0f" * 16,
+            "ids": [f"{k:032x}" for k in range(12)],
+            "images": [f"{k:032x}" for k in range(50, 62)],
+        },
+        "data": [
+            {"path": "data/pool", "before": md5[0], "after": md5[1], "rows": 12},
+            {"path": "data/filtered", "before": md5[2], "after": md5[3], "rows": 9},
+            {"path": "data/generated", "before": md5[4], "after": md5[5], "rows": 40},
+        ],
+        "models": [teacher, {**student, "method": "distill.ssld", "replaced_by": 2, "figures": {}, "reference": None, "void": None}],
+        "purged": [
+            {"place": "DVC cache", "objects": 14, "bytes": 1_893_442},
+            {"place": "the remote local", "objects": 11, "bytes": 900_112},
+        ],
+        "search": {"places": ["the project's folder", "DVC cache", "MLflow's files"], "files": 1204, "rows": 15_310, "found": 0},
+        "irreproducible": [md5[0], md5[2], md5[4]],
+        "beyond": ["Clones of this repository that were made before the request keep the old suppression list until they pull."],
+        "tools": {"retort": "0.1.0", "torch": "2.13.0", "dvc": "3.67.1", "mlflow": "3.17.2"},
+        "journal": "9e" * 32,
+        "public_key": "MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=",
+        "signature": "7Qx0" * 22,
+        **changes,
+    }
+
+
+def waiting_certificate() -> dict[str, Any]:
+    """A certificate of which a model waits, and whose comparison is void."""
+    first, second = certificate()["models"]
+    late = {**second, "action": "waiting", "replaced_by": None, "gate": "refused: accuracy not worse than the champion's by 0.02 misses it"}
+    return certificate(models=[{**first, "void": True, "figures": {"ua": 0.0, "avg_gap": None}}, late], policy="auto", kind="class")
+
+
+def empty_certificate() -> dict[str, Any]:
+    """A request for samples that nobody had."""
+    nothing = {"count": 0, "salt": "", "ids": [], "images": []}
+    search = {"places": [], "files": 0, "rows": 0, "found": 0}
+    lists: dict[str, Any] = {name: [] for name in ("data", "models", "purged", "irreproducible", "beyond")}
+    return certificate(kind="concept", reason="", samples=nothing, search=search, tools={}, **lists)
+
+
+def hard_certificate() -> dict[str, Any]:
+    """A certificate on which nothing is short, and a remain was found."""
+    many = [f"{k:032x}" for k in range(3000)]
+    one = certificate()["models"][0]
+    models = [
+        {
+            **one,
+            "name": LONG,
+            "version": 12345,
+            "replaced_by": 123456,
+            "role": LONG,
+            "method": f"unlearn.{LONG}",
+            "gate": UNBROKEN,
+            "void": True,
+        },
+        {**one, "name": CHINESE, "role": MARKUP, "action": "retrained", "figures": {LONG: 0.5, "ua": None}, "gate": f"{ARABIC} {MARKUP}"},
+        {**one, "name": ARABIC, "role": "", "action": "revoked", "replaced_by": None, "method": None, "gate": None, "champion": False},
+    ]
+    return certificate(
+        reason=f"{MARKUP} {UNBROKEN} {ARABIC}",
+        samples={"count": 1_234_567, "salt": "ab" * 64, "ids": many, "images": many},
+        data=[
+            {"path": f"data/{LONG}", "before": UNBROKEN, "after": None, "rows": 10**9},
+            {"path": CHINESE, "before": None, "after": ARABIC, "rows": 0},
+        ],
+        models=models,
+        purged=[{"place": UNBROKEN, "objects": 10**7, "bytes": 10**14}, {"place": MARKUP, "objects": 0, "bytes": 0}],
+        search={"places": [UNBROKEN, MARKUP, LONG], "files": 10**6, "rows": 10**9, "found": 1},
+        irreproducible=[UNBROKEN],
+        beyond=[UNBROKEN, f"{CHINESE} {MARKUP}"],
+        tools={LONG: UNBROKEN},
+    )

@@ -10,6 +10,7 @@ import pytest
 
 from tasks.core.dataset import Dataset
 from tasks.core.page import Page, render, render_card, render_verdict
+from tasks.core.page_certificate import render_certificate
 from tests import workspace
 from tests.pages import chromium, examples
 
@@ -33,6 +34,12 @@ def hard_verdict(folder: Path) -> str:
     return render_verdict(examples.LONG, 12345, {**found["verdict"], "promote": False, "basis": basis}, data, "2026-10-30")
 
 
+def unfolded(page: str) -> str:
+    """The page with everything open that can be."""
+    assert "<details " in page
+    return page.replace("<details ", "<details open ")
+
+
 # a page by its name: a line more for each page more
 PAGES: dict[str, Callable[[Path], str]] = {
     "report": lambda folder: render(examples.example(folder)),
@@ -47,6 +54,12 @@ PAGES: dict[str, Callable[[Path], str]] = {
     "card-new": lambda folder: render_card(examples.card(figures={}, measured_on={}, verdict={}, aliases=(), sources=(), limits="")),
     "card-revoked": lambda folder: render_card(examples.card(aliases=(), revoked=True, request=examples.REQUEST)),
     "card-hard": lambda folder: render_card(examples.hard_card()),
+    "certificate": lambda folder: render_certificate(examples.certificate()),
+    "certificate-open": lambda folder: unfolded(render_certificate(examples.certificate())),
+    "certificate-hard-open": lambda folder: unfolded(render_certificate(examples.hard_certificate())),
+    "certificate-waiting": lambda folder: render_certificate(examples.waiting_certificate()),
+    "certificate-empty": lambda folder: render_certificate(examples.empty_certificate()),
+    "certificate-hard": lambda folder: render_certificate(examples.hard_certificate()),
     "claims": lambda folder: examples.claims([examples.claim(name) for name in ("filter.dfn", "train.one", "unlearn.two")]),
     "claims-hard": lambda folder: examples.claims(examples.hard_claims()),
     "claims-none": lambda folder: examples.claims([]),
