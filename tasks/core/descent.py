@@ -108,8 +108,15 @@ def _keep(path: Path, keys: Keys) -> Keys:
 def _models(settings: Settings, store: Store, wanted: Keys) -> Iterator[ModelCarrier]:
     names = store.versions_by_model()
     known: dict[str, tuple[npt.NDArray[np.bool_], str]] = {}  # by run: which of the wanted keys its model carries, and its role
+    held: dict[str, npt.NDArray[np.bool_]] = {}  # by list: many models saw the same
+
+    def among(run_id: str, file: str, digest: str) -> npt.NDArray[np.bool_]:
+        if digest not in held:
+            held[digest] = seen.holds(run_keys(settings, store, run_id, file, digest), wanted)
+        return held[digest]
+
     for run_id, tags in store.model_runs():  # the oldest first, so that parents come before what was made from them
-        found = seen.holds(run_keys(settings, store, run_id, seen.FILE, tags["retort.seen"]), wanted)
+        found = among(run_id, seen.FILE, tags["retort.seen"])
         how = "saw it" if found.any() else ""
         for parent in _parents(tags):
             theirs, role = known.get(parent, (found, ""))
@@ -117,7 +124,7 @@ def _models(settings: Settings, store: Store, wanted: Keys) -> Iterator[ModelCar
                 how = f"made from the {role} that did"
             found = found | theirs
         if digest := tags.get("retort.forgot"):
-            found = found & ~seen.holds(run_keys(settings, store, run_id, seen.FORGOT, digest), wanted)
+            found = found & ~among(run_id, seen.FORGOT, digest)
         known[run_id] = found, tags.get("retort.role", "model")
         if found.any():
             ref = ModelRef(**json.loads(tags["retort.result"])["model"])

@@ -1,7 +1,7 @@
 """`retort lineage` on a large project: a million samples, a hundred data versions, a thousand model versions.
 
-Data versions and what models saw are written as lists of keys, which is what the first question to a real one leaves behind; the lock files,
-the registry and the question itself are real.
+Data versions and what models saw are written as lists of keys, which is what the first question to a real project leaves behind; the lock
+files, the registry and the question itself are real.
 """
 
 from __future__ import annotations
