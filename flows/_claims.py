@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from flows._code import code_digest
 from tasks.core import catalog, files
 from tasks.core.claim import Claim, Effect, Row, judge, table
 from tasks.core.errors import UserError
@@ -158,6 +159,7 @@ def result(
         "values": {metric: {arm: [_finite(v) for v in column] for arm, column in arms.items()} for metric, arms in values.items()},
         "failures": {str(seed): reason for seed, reason in failures.items()},
         "data": {folder.name: files.folder_md5(folder) for folder in where},
+        "code": digests(name),
         "seconds": round(seconds, 1),
         "versions": {"python": platform.python_version(), **{library: importlib.metadata.version(library) for library in LIBRARIES}},
     }
@@ -223,21 +225,30 @@ def code_of(name: str) -> list[Path]:
     return found
 
 
+def digests(name: str) -> dict[str, str]:
+    """The files on which a claim's figures rest, each with the digest of its code."""
+    return {relative(path): code_digest(path.read_text(encoding="utf-8")) for path in code_of(name)}
+
+
 def stale(name: str) -> str:
     """Why a published result does not belong to the code and data beside it; empty where it does, as far as can be seen here.
 
-    Data that is not on this machine cannot be compared and is passed over.
+    Docstrings and comments may change. Data that is not on this machine cannot be compared and is passed over.
     """
-    if published(name) is None:
+    found = published(name)
+    if found is None:
         return "never measured"
-    locked = _lock().get(name.replace(".", "-"))
-    if locked is None:
+    known = locked().get(name.replace(".", "-"))
+    if known is None:
         return "not made by the pipeline"
-    known = {entry["path"]: entry["md5"] for entry in [*locked["deps"], *locked["outs"]]}
-    new = [path for path in code_of(name) if relative(path) not in known]
-    if new:
-        return f"rests on {os.path.relpath(new[0], catalog.ROOT)} now"
+    measured = found.get("code", {})
+    for path, digest in digests(name).items():
+        if measured.get(path) != digest:
+            shown = os.path.relpath(FOLDER / path, catalog.ROOT)
+            return f"{shown} changed" if path in measured else f"rests on {shown} now"
     for path, md5 in known.items():
+        if path in measured:
+            continue
         if md5.endswith(".dir"):
             there = shared_data() / Path(path).name
             if there.is_dir() and files.folder_md5(there) != md5:
@@ -252,11 +263,13 @@ def relative(path: Path) -> str:
     return Path(os.path.relpath(path, FOLDER)).as_posix()
 
 
-def _lock() -> dict[str, Any]:
+def locked() -> dict[str, dict[str, str]]:
+    """What the pipeline has locked: by stage the md5 of each dependency and output that is a file or folder of this project."""
     import yaml
 
     path = FOLDER / "dvc.lock"
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]) if path.is_file() else {}
+    stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else {}
+    return {name: {entry["path"]: entry["md5"] for entry in [*stage["deps"], *stage["outs"]]} for name, stage in stages.items()}
 
 
 def overview() -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from sklearn.datasets import load_digits
 
+from tasks.core import files
 from tasks.core.dataset import IMAGE, SCHEMAS, Dataset, Info, Writer, encode, image_column
 from tasks.core.settings import shared_data
 from tests import workspace
@@ -62,9 +63,25 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project in which the main job has run once, every method at its smallest. Tests that change it work on a copy."""
-    folder = workspace.make(tmp_path_factory.mktemp("finished") / "project", workspace.smoke_params())
+def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A project in which the main job has run once, every method at its smallest. Tests that change it work on a copy.
+
+    Of several test processes one makes it, and the others copy it.
+    """
+    own = tmp_path_factory.mktemp("finished") / "project"
+    if worker_id == "master":
+        return run_once(own)
+    common = tmp_path_factory.getbasetemp().parent / "finished"
+    with files.exclusive(common.with_suffix(".lock")):
+        if not (common / "first-run.txt").exists():
+            shutil.rmtree(common, ignore_errors=True)
+            run_once(common)
+    return copied(common, own)
+
+
+def run_once(folder: Path) -> Path:
+    """Make a project and run the main job in it."""
+    workspace.make(folder, workspace.smoke_params())
     ran = workspace.retort(folder, "run")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     (folder / "first-run.txt").write_text(ran.stdout)
@@ -73,11 +90,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished project, free to be broken. MLflow's absolute paths are moved along."""
-    target = tmp_path / "project"
-    shutil.copytree(finished, target, symlinks=True)
+    """A copy of the finished project, free to be broken."""
+    return copied(finished, tmp_path / "project")
+
+
+def copied(project: Path, target: Path) -> Path:
+    """A copy of a project. MLflow's absolute paths are moved along."""
+    shutil.copytree(project, target, symlinks=True)
     with sqlite3.connect(target / ".retort" / "mlflow.db") as database:
-        old, new = str(finished), str(target)
+        old, new = str(project), str(target)
         for table, column in (
             ("experiments", "artifact_location"),
             ("runs", "artifact_uri"),

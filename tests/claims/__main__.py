@@ -43,11 +43,13 @@ def readme() -> str:
 
 
 def restate() -> list[str]:
-    """Work the figures of every fresh result out anew from its values, for when the statistics have changed; give the stages that differ.
+    """Work the figures of every fresh result out anew from its values, for when the statistics have changed; give the stages that DVC must
+    be told of: those, and such as have other docstrings or comments only.
 
     A result that is stale, or was changed by hand, is left for `dvc repro`.
     """
     changed = []
+    locked = _claims.locked()
     for name in _claims.names():
         found = None if _claims.stale(name) else _claims.published(name)
         if found is None:
@@ -55,6 +57,8 @@ def restate() -> list[str]:
         again = _claims.judged_again(found)
         if {key: found[key] for key in again} != again:
             _claims.write({**found, **again}, _claims.RESULTS)
+            changed.append(name.replace(".", "-"))
+        elif any(files.file_md5(_claims.FOLDER / path) != locked[name.replace(".", "-")].get(path) for path in found["code"]):
             changed.append(name.replace(".", "-"))
     return changed
 

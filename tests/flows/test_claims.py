@@ -10,6 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from flows import _claims, cli
+from flows._code import code_digest
 from tasks.core import files
 from tasks.core.errors import UserError
 
@@ -110,12 +111,33 @@ def test_a_published_result_is_fresh_until_something_below_it_changes(toy: Path)
     }
     for path, reason in changes.items():
         before = path.read_text()
-        path.write_text(before + " ")
+        path.write_text(before + ("\nMORE = 1\n" if path.suffix == ".py" else " "))
         assert reason in _claims.stale("filter.random")
         path.write_text(before)
     assert _claims.stale("filter.random") == ""
     (toy / "dvc.lock").unlink()
     assert _claims.stale("filter.random") == "not made by the pipeline"
+
+
+def test_other_words_about_the_same_code_make_nothing_stale(toy: Path) -> None:
+    publish(toy)
+    code = toy / "filter" / "random.py"
+    code.write_text(f'"""Said at last, and\n\non more lines."""\n{code.read_text()}\n\n# a remark\n')
+    assert _claims.stale("filter.random") == ""
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ('"""A."""\nX = 1\n', '"""B.\n\nC."""\n\nX = 1  # one\n', True),
+        ('def f():\n    """A."""\n    return "# no remark"\n', 'def f():\n    return "# no remark"\n', True),
+        ("X = 1\n", "X = 2\n", False),
+        ('X = """text"""\n', 'X = """other"""\n', False),
+        ("if X:\n    Y = 1\nZ = 1\n", "if X:\n    Y = 1\n    Z = 1\n", False),
+    ],
+)
+def test_a_digest_of_code_changes_with_the_code_alone(one: str, other: str, same: bool) -> None:
+    assert (code_digest(one) == code_digest(other)) is same
 
 
 def test_data_that_is_not_here_makes_nothing_stale(toy: Path) -> None:
