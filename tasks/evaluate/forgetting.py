@@ -15,7 +15,6 @@ Limits  the attack is a global threshold in effect, and no privacy claim follows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,9 +32,11 @@ from tasks.core.method import MethodConfig, method
 from tasks.core.metrics import Figure
 from tasks.core.networks import Net
 from tasks.core.progress import track
+from tasks.evaluate._references import GAP_OF as GAP_OF  # what the average gap is of; claims ask for it here
+from tasks.evaluate._references import beside, decide_void, over_seeds, references
+from tasks.evaluate._shadows import single_rows
 from tasks.evaluate._shared import Rows, labelled
-
-GAP_OF = ("ua", "ra", "ta", "mia")
+from tasks.evaluate._traces import Found, new_heads, percent, recovery
 
 
 class Config(MethodConfig):
@@ -44,9 +45,18 @@ class Config(MethodConfig):
     scenario: Literal["samples", "class"] = Field("samples", description="what is forgotten: some rows, or every row of a class")
     attack_rows: int = Field(5000, ge=2, description="at most so many members, and non-members, fit the attack")
     void_sd: float = Field(3.0, gt=0, description="standard errors by which retraining must change UA")  # protocol: 3
+    relearn_rows: int = Field(64, ge=1, description="at most so many forgotten rows are learned again")
+    relearn_steps: int = Field(100, ge=1, description="at most so many steps of that")
+    relearn_lr: float = Field(0.01, gt=0, description="learning rate of that")  # slow enough to tell networks apart by steps
+    relearn_margin: float = Field(
+        0.05, ge=0, lt=1, description="share of the original's accuracy that may still be missing"
+    )  # protocol: 5%
+    probe_rows: int = Field(2000, ge=0, description="at most so many retained rows fit a new head; 0: none is fitted")
+    shadows: int = Field(0, ge=0, multiple_of=2, description="networks behind the attack on single rows; 0: no such attack")  # LiRA: 256
+    shadow_steps: int = Field(600, ge=1, description="batches that train each of them, by the shared recipe")
 
 
-SMOKE = Config(attack_rows=50)
+SMOKE = Config(attack_rows=50, relearn_steps=3, probe_rows=50, shadows=2, shadow_steps=3)
 
 
 @method(
@@ -57,57 +67,83 @@ SMOKE = Config(attack_rows=50)
 def forgetting(
     models: Mapping[str, Net], data: Mapping[str, Dataset], cfg: Config = Config(), *, seed: int = 0, device: str = "cpu"
 ) -> Evidence:
-    """Figures of each model in percent: `ua`, `ra`, `ta`, `mia`; `zrf` in [0, 1]; and where a model named `retrain` is given, `avg_gap`
-    to it; where `original` is given too, `void` (1: the forgotten rows cannot tell the two apart, the gap says nothing).
+    """Figures of each model: `ua`, `ra`, `ta`, `mia`, `head` (percent), `zrf` (0 to 1), `relearn` (steps); of a class `head_test`; with
+    shadows `lira_auc` (0 to 1) and `lira_members` (percent), where there are rows to compare with.
+
+    Where `retrain` is among the models, and maybe `retrain-1` and so on, of other seeds: `avg_gap`, `activation_distance` and
+    `activation_distance_retained` to it or to their mean, `ks` and `ks_p` against it, `relearn_ratio` (not where it needs no step);
+    of several `avg_gap_spread`, the mean gap of two of them, and each is measured against the rest. Where `original` is there too,
+    `void` (1: the forgotten rows cannot tell the two apart, the gap says nothing).
 
     data: roles `forget`, `retain` and `test`. Synthetic rows of `retain` are left out, and so are rows without a label.
-    Raises UserError where a role or its labels are missing, forget and retain share rows, or a forgotten class is still retained.
+    Raises UserError where a role or its labels are missing, forget and retain share rows, or a forgotten class is still retained; with
+    shadows also where their training diverged.
     """
     forget, retain, test = labelled(models, data, "forget", "retain", "test")
     kept = set(retain.ids)
     shared = [at for at, name in enumerate(forget.ids) if name in kept]
     if shared:  # named by its place: the id of a row to be forgotten must not reach a log
         raise UserError(f"row {shared[0]} of 'forget' is in 'retain' too ({len(shared)} such): take it out of 'retain'")
-    retain = retain.where(~retain.synthetic)
+    retain, alike = retain.where(~retain.synthetic), test
     if cfg.scenario == "class":
-        retain, test = without_classes(forget, retain, test)
+        test, alike = without_classes(forget, retain, test)
     if len(retain) == 0 or len(test) == 0:
         raise UserError("no real labelled row is left in 'retain' or 'test': nothing can be compared")
-    figures: dict[str, dict[str, Figure]] = {}
-    wrong: dict[str, npt.NDArray[np.bool_]] = {}
+
+    figures: Found = {}
+    on: dict[str, dict[str, Tensor]] = {}
     for name, net in zip(models, track(list(models.values()), "forgetting"), strict=True):
-        of = {role: probabilities(net, rows, device) for role, rows in (("forget", forget), ("retain", retain), ("test", test))}
-        wrong[name] = of["forget"].argmax(1).numpy() != forget.labels
-        unseen = attack(
-            true_label(of["retain"], retain.labels), true_label(of["test"], test.labels), true_label(of["forget"], forget.labels),
-            rows=cfg.attack_rows,
-        )  # fmt: skip
-        figures[name] = {
-            "ua": percent(metrics.share(wrong[name])),
-            "ra": percent(metrics.share(of["retain"].argmax(1).numpy() == retain.labels)),
-            "ta": percent(metrics.share(of["test"].argmax(1).numpy() == test.labels)),
-            "mia": percent(metrics.share(unseen)),
-        }
+        of = on[name] = {role: probabilities(net, rows, device) for role, rows in (("forget", forget), ("retain", retain), ("test", test))}
+        figures[name] = answers(of, forget, retain, test, cfg.attack_rows)
         with loop.seeded(seed):
             stranger = networks.build(net.arch)
         figures[name]["zrf"] = metrics.mean(zrf(of["forget"], probabilities(stranger, forget, device)), seed=seed)
+
     details: dict[str, Any] = {
         "scenario": cfg.scenario,
         "rows": {"forget": len(forget), "retain": len(retain), "test": len(test)},
         "void": "not decided: it takes both an original and a retrained model",
     }
-    if "retrain" in figures:
-        for by in figures.values():
-            by["avg_gap"] = Figure.exact(average_gap(by, figures["retrain"]))
-    if "retrain" in figures and "original" in figures:
-        void, details["void"] = decide_void(wrong["original"], wrong["retrain"], cfg.void_sd)
-        for by in figures.values():
-            by["void"] = Figure.exact(float(void))
+    attacked, details["relearn"] = recovery(
+        models, forget, rows=cfg.relearn_rows, steps=cfg.relearn_steps, lr=cfg.relearn_lr, margin=cfg.relearn_margin, device=device
+    )
+    add(figures, attacked)
+    if cfg.probe_rows:
+        held = alike if cfg.scenario == "class" else test.where(np.zeros(len(test), dtype=bool))
+        add(figures, new_heads(models, retain, forget, held, rows=cfg.probe_rows, device=device))
+    if cfg.shadows:
+        size = {"count": cfg.shadows, "steps": cfg.shadow_steps}
+        attacked, details["lira"] = single_rows(models, retain, forget, alike, **size, seed=seed, device=device)
+        add(figures, attacked)
+    add(figures, beside(figures, on, forget.labels, seed))
+    if retrained := references(models):
+        details["references"] = {"networks": retrained, "figures": over_seeds([figures[name] for name in retrained])}
+    if retrained and "original" in figures:
+        wrong = {name: on[name]["forget"].argmax(1).numpy() != forget.labels for name in ("original", *retrained)}
+        void, details["void"] = decide_void(wrong["original"], np.stack([wrong[name] for name in retrained]), cfg.void_sd)
+        add(figures, {name: {"void": Figure.exact(float(void))} for name in figures})
     return Evidence(figures, {role: data[role].md5 for role in ("forget", "retain", "test")}, details)
 
 
+def add(figures: Found, more: Found) -> None:
+    """Put more figures of the same models beside those that are there."""
+    for name, by in more.items():
+        figures[name].update(by)
+
+
+def answers(of: Mapping[str, Tensor], forget: Rows, retain: Rows, test: Rows, attack_rows: int) -> dict[str, Figure]:
+    """UA, RA, TA and MIA of one model, in percent, by its class probabilities (N, K) on the rows of each role."""
+    right = {role: of[role].argmax(1).numpy() == rows.labels for role, rows in (("forget", forget), ("retain", retain), ("test", test))}
+    unseen = attack(
+        true_label(of["retain"], retain.labels), true_label(of["test"], test.labels), true_label(of["forget"], forget.labels),
+        rows=attack_rows,
+    )  # fmt: skip
+    shares = {"ua": ~right["forget"], "ra": right["retain"], "ta": right["test"], "mia": unseen}
+    return {name: percent(metrics.share(hits)) for name, hits in shares.items()}
+
+
 def without_classes(forget: Rows, retain: Rows, test: Rows) -> tuple[Rows, Rows]:
-    """`retain`, and `test` without the forgotten classes. Raises UserError where retain still has a row of them."""
+    """`test` without the forgotten classes, and what is left out. Raises UserError where retain still has a row of them."""
     gone = np.unique(forget.labels)
     left = np.isin(retain.labels, gone)
     if left.any():
@@ -116,7 +152,8 @@ def without_classes(forget: Rows, retain: Rows, test: Rows) -> tuple[Rows, Rows]
             f"row {name!r} of 'retain' has a forgotten class ({int(left.sum())} such): to forget a class, forget all its rows; "
             "to forget some rows, set scenario to 'samples'"
         )
-    return retain, test.where(~np.isin(test.labels, gone))
+    of_them = np.isin(test.labels, gone)
+    return test.where(~of_them), test.where(of_them)
 
 
 def probabilities(net: Net, rows: Rows, device: str = "cpu") -> Tensor:
@@ -155,27 +192,3 @@ def zrf(ours: Tensor, stranger: Tensor) -> npt.NDArray[np.float64]:
     halves = [(torch.xlogy(p, p) - torch.xlogy(p, middle)).sum(1) for p in (ours, stranger)]
     divergence: npt.NDArray[np.float64] = ((halves[0] + halves[1]) / 2 / np.log(2)).clamp(0, 1).numpy()
     return 1 - divergence
-
-
-def average_gap(ours: Mapping[str, Figure], reference: Mapping[str, Figure]) -> float:
-    """Mean absolute difference over UA, RA, TA and MIA, in percentage points."""
-    return float(np.mean([abs(ours[key].value - reference[key].value) for key in GAP_OF]))
-
-
-def decide_void(original: npt.NDArray[np.bool_], retrained: npt.NDArray[np.bool_], sd: float) -> tuple[bool, str]:
-    """Is the difference in UA too small to tell a retrained network from the original one? With the sentence that says so.
-
-    original, retrained: which forgotten rows (N,) each gets wrong. With one retrained network there is no spread over seeds, so that
-    the standard error is the binomial one of two shares that are taken to be equal: sqrt(2 p (1 - p) / N), p their mean.
-    """
-    n, p = len(original), (original.mean() + retrained.mean()) / 2
-    change = 100 * abs(retrained.mean() - original.mean())
-    needed = 100 * sd * np.sqrt(2 * p * (1 - p) / n)
-    void = bool(change == 0 or change < needed)
-    verdict = "void: forgetting cannot be told from not forgetting on these rows" if void else "meaningful"
-    return void, f"retraining moves UA by {change:.1f} points on {n} rows, {needed:.1f} are needed: the comparison is {verdict}"
-
-
-def percent(figure: Figure) -> Figure:
-    """A share as percent."""
-    return replace(figure, value=100 * figure.value, low=100 * figure.low, high=100 * figure.high)

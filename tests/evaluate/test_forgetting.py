@@ -1,4 +1,4 @@
-"""Forgetting: UA, RA, TA, MIA, their gap, ZRF and the void check, against hand-worked numbers."""
+"""Forgetting: UA, RA, TA, MIA, their gap, ZRF and the void check (the rest is in `test_traces`), against hand-worked numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tasks.core import networks
 from tasks.core.dataset import Dataset
 from tasks.core.errors import UserError
 from tasks.core.metrics import Figure
-from tasks.evaluate.forgetting import SMOKE, Config, attack, average_gap, decide_void, forgetting, zrf
+from tasks.evaluate._references import average_gap, decide_void
+from tasks.evaluate.forgetting import SMOKE, Config, attack, forgetting, zrf
 from tests import tables
 
 CLASSES = ("a", "b")
@@ -148,7 +149,7 @@ def test_void_at_the_limits() -> None:
 
 def test_void_and_gap_are_told_only_where_their_references_are_there(data: dict[str, Dataset]) -> None:
     alone = forgetting({"original": ORIGINAL}, data, SMOKE)
-    assert set(alone.figures["original"]) == {"ua", "ra", "ta", "mia", "zrf"}
+    assert set(alone.figures["original"]) == {"ua", "ra", "ta", "mia", "zrf", "relearn", "head", "lira_auc", "lira_members"}
     assert alone.details["void"].startswith("not decided")
     both = forgetting({"original": ORIGINAL, "retrain": RETRAIN}, data, SMOKE)
     assert both.figures["original"]["void"].value == 1
