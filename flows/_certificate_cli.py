@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tasks.core.settings import Settings
     from tasks.core.store import Store
 
-certificate = typer.Typer(help="Certificates of deletion requests: check, list, show.", no_args_is_help=True)
+certificate = typer.Typer(help="Certificates of deletion requests: check, list, show, key.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 MARKS = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: "[yellow]?[/yellow]"}
 
