@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from tasks.core import files
+from tasks.core.erased import FOLDER as ERASED
 from tasks.core.errors import UserError, without_secrets
 from tasks.core.refs import DataRef, ModelRef
 from tasks.core.settings import Settings
@@ -83,7 +84,9 @@ def _stage_node(settings: Settings, path: str, md5: str) -> Node:
         for stage, found in lock.get("stages", {}).items():
             if not any(out["path"] == path and out["md5"] == md5 for out in found.get("outs", [])):
                 continue
-            inputs = [_stage_node(settings, dep["path"], dep["md5"]) for dep in found.get("deps", []) if dep["path"].startswith("data/")]
+            # the suppression list says what must not come in: nothing is made from it
+            deps = [dep for dep in found.get("deps", []) if dep["path"].startswith("data/") and dep["path"] != ERASED]
+            inputs = [_stage_node(settings, dep["path"], dep["md5"]) for dep in deps]
             params = found.get("params", {}).get("params.yaml", {})
             if stage == "pool":
                 source = without_secrets(str(params.get("pool", {}).get("source", "")))

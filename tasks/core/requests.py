@@ -246,10 +246,13 @@ def remember(store: Store, request: Request, name: str, facts: Any) -> Any:
 
 
 def recall(store: Store, request: Request, name: str) -> Any:
-    """Facts that are kept with a request, or None."""
+    """Facts that are kept with a request, or None; half a file, which a kill has left, is none, since nothing was built on it yet."""
     if not any(item.path == name for item in store.client.list_artifacts(request.run_id)):
         return None
-    return json.loads(store.artifact(request.run_id, name).read_text(encoding="utf-8"))
+    try:
+        return json.loads(store.artifact(request.run_id, name).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def traces_of(settings: Settings, store: Store, request: Request) -> Traces:

@@ -3,8 +3,11 @@
 Paper   none: a baseline
 Idea    L = CE on the retained rows, from the model's own weights, at a learning rate high enough to leave its minimum.
 Small   nothing is left out.
-Limits  on digits it forgets nearly nothing: average gap to a retrained network, in points (3 seeds, test): 10 random rows 4.2 (doing
-        nothing: 4.2), 65 rows 3.3 (3.8), a class 49.8 (50.2). The retained rows alone do not move a network that already fits them.
+Limits  on digits, at its defaults, it forgets nearly nothing: average gap to a retrained network, in points (3 seeds, test): 10 random
+        rows 4.2 (doing nothing: 4.2), 65 rows 3.3 (3.8), a class 49.8 (50.2). The retained rows alone do not move a network that fits
+        them; a high learning rate does. Fashion-MNIST, 4,000 rows, each at the best of six settings (5 seeds, test): a class 0.9 (50.1) and
+        10% of the rows 3.8 (8.6) at a tenth of retraining's cost, 1.7 at 0.4 of it, where one seed in five has 3.5. A class that it
+        has forgotten is learned again in 7 steps (a retrained network: 29).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Paper   none: a baseline
 Idea    what was never seen cannot be known. It is the reference that every approximate method is measured against.
 Small   nothing is left out; where the recipe is not the one of the original training, differences mix with those of forgetting.
 Limits  ten times the cost of the approximate methods (digits, 3.7 s of one CPU core against 0.4). Two retrained networks of different
-        seeds are themselves 1.8 points of average gap apart on 10 forgotten digits, 1.4 on 65, 0.1 on a class (3 seeds, test).
+        seeds are themselves 1.8 points of average gap apart on 10 forgotten digits, 1.4 on 65, 0.1 on a class (3 seeds, test); on
+        Fashion-MNIST 0.5 on 10% of 4,000 rows and 0.0 on a class (5 seeds), where doing nothing is 8.6 and 50.1 away.
 """
 
 from __future__ import annotations
