@@ -89,10 +89,12 @@ def seconds_of(store: Store, ref: ModelRef) -> float:
     return float(store.client.get_run(ref.run_id).data.metrics.get("seconds", 0.0))
 
 
-def replace(here: Session, target: Target, request: str, policy: str, replaced: Mapping[str, ModelRef], scenario: str) -> dict[str, Any]:
+def replace(
+    here: Session, target: Target, request: str, policy: str, replaced: Mapping[str, ModelRef | None], scenario: str
+) -> dict[str, Any]:
     """Make the version that takes a target's place, measure and offer it. Gives the facts of what was done, as the certificate has them.
 
-    replaced  by the weights' hash of an old model, the one that took its place
+    replaced  by the id of each model that carries the samples, the one that took its place; None where none did
     """
     done = {
         "name": target.name, "version": target.version, "role": target.role, "sha256": target.ref.sha256, "action": "revoked",
@@ -102,6 +104,8 @@ def replace(here: Session, target: Target, request: str, policy: str, replaced: 
         return done
     if target.action == "distill":
         made = _distilled(here, target, replaced)
+        if made is None:
+            return done
         done |= {"action": "distilled again", "method": made.method}
         return done | _offered(here, target, made)
     whole = tuple(seen_by(here.store, target.ref))
@@ -151,13 +155,37 @@ def _offered(here: Session, target: Target, made: Done) -> dict[str, Any]:
     return {"replaced_by": version, "gate": gate}
 
 
-def _distilled(here: Session, target: Target, replaced: Mapping[str, ModelRef]) -> Done:
-    """The student made anew, by the same method, from the models that took its teachers' places and the data as it is now."""
+def _distilled(here: Session, target: Target, replaced: Mapping[str, ModelRef | None]) -> Done | None:
+    """The student made anew, by the same method, from the models that took its teachers' places and the data as it is now. None where
+    nothing took a teacher's place.
+    """
     stored = json.loads(here.store.client.get_run(target.ref.run_id).data.tags["retort.inputs"])
     method, settings = here.method("distill")
-    teachers = tuple(replaced.get(found["sha256"], _model(found)) for found in references(stored["teachers"]))
+    known = [heir(here, _model(found), replaced) for found in references(stored["teachers"])]
+    teachers = tuple(found for found in known if found is not None)
+    if len(teachers) < len(known):
+        return None
     data = tuple(_now(here, _data(found)) for found in references(stored["data"]))
     return step(Plan("student", method, settings, {"teachers": teachers, "data": data}, here.seed))
+
+
+def heir(here: Session, ref: ModelRef, replaced: Mapping[str, ModelRef | None]) -> ModelRef | None:
+    """The model to learn from in a model's place: itself where it carries nothing and is not revoked, else what took its place, else what
+    serves under its name. None where all of these carry the samples.
+    """
+    store = here.store
+    names = store.versions_by_model().get(ref.model_id, [])
+    if ref.model_id not in replaced and not (names and all(revoked for _, _, revoked in names)):
+        return ref
+    if found := replaced.get(ref.model_id):
+        return found
+    for name, _, _ in names:
+        standing = store.aliases(name).get(_promotion.CHAMPION) or store.newest(name)
+        if standing is not None:
+            serving = store.version_ref(name, standing)
+            if (found := replaced.get(serving.model_id, serving)) is not None:
+                return found
+    return None
 
 
 def choose(here: Session) -> tuple[str, dict[str, Any]]:

@@ -11,7 +11,9 @@ import typer
 def forget(
     samples: Annotated[str, typer.Option(help="File with one sample id a line.", metavar="FILE")] = "",
     where: Annotated[str, typer.Option(help="Condition on label, class, caption, split and source, as in SQL.")] = "",
-    class_name: Annotated[str, typer.Option("--class", help="All samples of this class, and new ones that come.")] = "",
+    class_name: Annotated[
+        str, typer.Option("--class", help="All samples of this class: as a dry run only, until stages can do without a class.")
+    ] = "",
     concept: Annotated[str, typer.Option(help="All samples whose caption has these words, and new ones that come.")] = "",
     policy: Annotated[str, typer.Option(help="auto: unlearn, and retrain where the gate refuses; unlearn; retrain.")] = "auto",
     reason: Annotated[str, typer.Option(help="Kept with the request and shown on the certificate: never a name.")] = "",
@@ -28,7 +30,7 @@ def forget(
     _environment()
     from flows._session import Session, use
     from tasks.core.errors import UserError
-    from tasks.core.requests import POLICIES
+    from tasks.core.requests import POLICIES, STATES
     from tasks.core.saga import project_lock
     from tasks.core.settings import project
 
@@ -38,16 +40,17 @@ def forget(
     if any(asked):
         settings = project()
         with project_lock(settings), use(Session(settings, served=bool(os.environ.get("PREFECT_API_URL")))) as here:
-            if (done := _certified(here, *asked)) is not None:
-                print(f"these samples were erased already: request {done.id}, see 'retort certificate show {done.id}'")  # noqa: T201
+            request = _known(here, *asked)
+            if request is not None and request.state == STATES[-1]:
+                print(f"these samples were erased already: request {request.id}, see 'retort certificate show {request.id}'")  # noqa: T201
                 return
             from flows.forget import receive, select
 
-            selection = select(here, *asked)
             if dry_run:
-                _show(here, selection, policy)
+                _show(here, select(here, *asked), policy)
                 return
-            request = receive(here, selection, policy, reason)
+            if request is None:
+                request = receive(here, select(here, *asked), policy, reason)
             print(f"request {request.id}: {request.samples} samples, {request.state}", flush=True)  # noqa: T201
             if later:
                 return
@@ -63,21 +66,27 @@ def audit() -> None:
     execute(lambda: _flow("audit"))
 
 
-def _certified(here: Any, samples: str, where: str, class_name: str, concept: str) -> Any:
-    """The finished request for the same samples, class or concept, or None."""
+def _known(here: Any, samples: str, where: str, class_name: str, concept: str) -> Any:
+    """The request for the same samples, class or concept, certified or at work, or None. Once it is purged, its samples are known by its
+    list or its certificate alone.
+    """
     from pathlib import Path
 
-    from tasks.core import certificate, requests
+    from tasks.core import certificate, refs, requests
     from tasks.core.erased import words
 
-    finished = {one.id: one for one in requests.every(here.store) if one.state == requests.STATES[-1]}
+    every = {one.id: one for one in requests.every(here.store)}
     if samples and Path(samples).is_file():
-        ids = [line.strip() for line in Path(samples).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        for found in certificate.kept(here.settings):
-            if ids and found["request"] in finished and all(certificate.names(found, name) for name in ids):
-                return finished[found["request"]]
+        lines = Path(samples).read_text(encoding="utf-8", errors="replace").splitlines()
+        ids = {line.strip() for line in lines if line.strip()}
+        for found in certificate.kept(here.settings) if ids else ():
+            if found["request"] in every and all(certificate.names(found, name) for name in ids):
+                return every[found["request"]]
+        for one in every.values() if ids else ():
+            if refs.request_file(here.settings, one.id).exists() and ids <= refs.request_traces(here.settings, one.id).ids:
+                return one
     rule = class_name or " ".join(words(concept))
-    same = [one for one in finished.values() if rule and one.rule == rule and one.kind == ("class" if class_name else "concept")]
+    same = [one for one in every.values() if rule and one.rule == rule and one.kind == ("class" if class_name else "concept")]
     return same[-1] if same else None
 
 

@@ -94,8 +94,13 @@ def select(here: Session, samples_file: str, where: str, class_name: str, concep
 
 
 def receive(here: Session, selection: Selection, policy: str, reason: str) -> Request:
-    """Write a request down and say so. Raises UserError for settings under which it could not be done."""
+    """Write a request down and say so. Raises UserError for settings under which it could not be done, and for a whole class."""
     _forget.settings_of(here)
+    if selection.kind == "class":
+        raise UserError(
+            "a whole class cannot be erased yet: generating and training ask for rows of every class; --dry-run shows what carries it, "
+            "and --where erases samples of a class as long as some of its rows stay"
+        )
     request = requests.receive(here.settings, here.store, selection, policy, reason)
     emit(here, RECEIVED, f"request.{request.id}", request=request.id, samples=request.samples)
     return request
@@ -138,6 +143,26 @@ def purge_and_search(key: str, batch: list[Request], models: list[ModelRef]) -> 
 
 def _work(here: Session, batch: list[Request], count: Any) -> list[str]:
     """Do requests together. Gives the ids of those that are certified; none where they wait for somebody."""
+    store, lead = here.store, batch[0]
+    # once all is purged the lists of samples are no longer needed, and may be gone
+    if requests.recall(store, lead, "purged.json") is None and not _erase(here, batch, count):
+        return []
+    found, outcomes, facts = (requests.recall(store, lead, name) for name in ("found.json", "replaced.json", "purged.json"))
+    _reach(here, batch, "purged", count, f"{sum(one['objects'] for one in facts['purged'])} objects gone, none found again")
+    for request in batch:
+        _certify(here, request, found, outcomes, facts)
+    for name in (store.client.get_run(lead.run_id).data.tags["retort.batch"], *(one.id for one in batch)):
+        refs.request_file(here.settings, name).unlink(missing_ok=True)
+    for request in batch:
+        requests.drop_list(store, request)
+    _reach(here, batch[::-1], "certified", count)  # the first last: the facts are kept with it
+    follow(here.settings)
+    here.record("forget", "", False, 0.0, "commit data/erased and dvc.lock, so that every copy of the project keeps these samples out")
+    return [one.id for one in batch]
+
+
+def _erase(here: Session, batch: list[Request], count: Any) -> bool:
+    """All up to the purge; False where the requests wait for somebody."""
     lead = batch[0]
     traces = _traces(here, batch)
     key = refs.write_request(here.settings, sorted(traces.ids), sorted(traces.images))
@@ -159,45 +184,34 @@ def _work(here: Session, batch: list[Request], count: Any) -> list[str]:
     # once all are replaced nothing is made again: what it would be made from may be gone by now
     outcomes = requests.recall(here.store, lead, "replaced.json")
     if outcomes is None:
-        made, waits = _replace(here, batch, key, found["targets"])
+        made, waits = _replace(here, batch, key, found)
         if waits:
             requests.advance(here.store, batch, "rebuilt", waiting=waits)
             here.record(
                 "forget", "", False, 0.0, f"waits: {waits}; change registry.rules or erase.on_refusal, and run 'retort forget' again"
             )
-            return []
+            return False
         outcomes = requests.remember(here.store, lead, "replaced.json", made)
     _reach(here, batch, "replaced", count)
     for one in outcomes:
         _forget.revoke(here, one["name"], one["version"], f"erasure, request {lead.id}")
     _reach(here, batch, "revoked", count)
-    gone = [ModelRef(**model["ref"]) for model in found["models"]]
-    facts = requests.recall(here.store, lead, "purged.json")
-    if facts is None:
-        facts = requests.remember(here.store, lead, "purged.json", purge_and_search(key, batch, gone))
-    _reach(here, batch, "purged", count, f"{sum(one['objects'] for one in facts['purged'])} objects gone, none found again")
-    for request in batch:
-        _certify(here, request, found, outcomes, facts)
-    for name in (key, *(one.id for one in batch)):
-        refs.request_file(here.settings, name).unlink(missing_ok=True)
-    for request in batch:
-        requests.drop_list(here.store, request)
-    _reach(here, batch, "certified", count)
-    follow(here.settings)
-    here.record("forget", "", False, 0.0, "commit data/erased and dvc.lock, so that every copy of the project keeps these samples out")
-    return [one.id for one in batch]
+    requests.remember(
+        here.store, lead, "purged.json", purge_and_search(key, batch, [ModelRef(**model["ref"]) for model in found["models"]])
+    )
+    return True
 
 
-def _replace(here: Session, batch: Sequence[Request], key: str, goals: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+def _replace(here: Session, batch: Sequence[Request], key: str, found: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """Replace each version that serves. Gives the facts of what was done, and what the request must wait for, if anything."""
     scenario = "class" if {one.kind for one in batch} == {"class"} else "samples"
     outcomes: list[dict[str, Any]] = []
-    replaced: dict[str, ModelRef] = {}
-    for target in (_forget.Target(**one) for one in goals):
+    replaced: dict[str, ModelRef | None] = {model["ref"]["model_id"]: None for model in found["models"]}
+    for target in (_forget.Target(**one) for one in found["targets"]):
         outcome = _forget.replace(here, target, key, policy_of(batch), replaced, scenario)
         outcomes.append(outcome)
         if outcome["replaced_by"] is not None:
-            replaced[target.ref.sha256] = here.store.version_ref(target.name, outcome["replaced_by"])
+            replaced[target.ref.model_id] = here.store.version_ref(target.name, outcome["replaced_by"])
             words = f"{target.name}/{target.version} {outcome['action']}: version {outcome['replaced_by']}, gate {outcome['gate']}"
             here.record("forget", outcome["method"], False, 0.0, words)
     refused = [one for one in outcomes if one["gate"].startswith("refused")]
@@ -233,8 +247,18 @@ def policy_of(batch: Iterable[Request]) -> str:
 
 def _certify(here: Session, request: Request, found: Mapping[str, Any], outcomes: Iterable[Any], facts: Mapping[str, Any]) -> None:
     """Sign the facts of a request and keep them, in the project and with its run; once."""
-    if certificate.place(here.settings, request.id).exists():
-        return
+    path = certificate.place(here.settings, request.id)
+    if not path.exists():
+        certificate.keep(here.settings, _signed(here, request, found, outcomes, facts))
+    signed = certificate.parse(path.read_bytes())
+    here.store.log_file(request.run_id, path)
+    here.store.log_text(request.run_id, f"{request.id}.html", render_certificate(signed))
+    here.record("forget", "certificate", False, 0.0, str(path), request.run_id)
+    emit(here, CERTIFIED, f"request.{request.id}", request=request.id)
+
+
+def _signed(here: Session, request: Request, found: Mapping[str, Any], outcomes: Iterable[Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The certificate of a request, and the journal's entry that it follows."""
     from flows._promotion import journal_of
 
     after = versions(here.settings)
@@ -244,8 +268,10 @@ def _certify(here: Session, request: Request, found: Mapping[str, Any], outcomes
         f"Version {md5} of {path} could not be read when the work began: whether it held the samples is not known."
         for path, md5 in found["unknown"]
     ]
-    entry = journal_of(here.settings).append("erased", name=model_name("teacher"), request=request.id, samples=request.samples)
-    signed = certificate.sign(
+    journal = journal_of(here.settings)
+    written = [one for one in journal.entries() if one["kind"] == "erased" and one["request"] == request.id]
+    entry = written[0] if written else journal.append("erased", name=model_name("teacher"), request=request.id, samples=request.samples)
+    return certificate.sign(
         here.settings,
         {
             "version": 1, "request": request.id, "kind": request.kind, "reason": request.reason, "policy": request.policy,
@@ -258,11 +284,6 @@ def _certify(here: Session, request: Request, found: Mapping[str, Any], outcomes
             "tools": _tools(), "journal": entry["hash"],
         },
     )  # fmt: skip
-    path = certificate.keep(here.settings, signed)
-    here.store.log_file(request.run_id, path)
-    here.store.log_text(request.run_id, f"{request.id}.html", render_certificate(signed))
-    here.record("forget", "certificate", False, 0.0, str(path), request.run_id)
-    emit(here, CERTIFIED, f"request.{request.id}", request=request.id)
 
 
 def _tools() -> dict[str, str]:
