@@ -13,7 +13,10 @@ import yaml
 
 from tasks.core import catalog
 
-TREE = ("tasks", "flows", "tests/claims", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore", "data/.gitignore", "data/erased")
+TREE = (
+    *("tasks", "flows", "tests/claims", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"),
+    *("data/.gitignore", "data/erased"),
+)
 
 
 def smoke_params() -> dict[str, Any]:
