@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from tasks.core.certificate import Check
+    from tasks.core.erasure.certificate import Check
     from tasks.core.settings import Settings
     from tasks.core.store import Store
 
@@ -30,8 +30,8 @@ def verify(
 
     A question mark is what cannot be seen from here, which is no failure.
     """
-    from tasks.core.certificate import Check, known_key, parse, read_key, recheck
-    from tasks.core.certificate import verify as signed
+    from tasks.core.erasure.certificate import Check, known_key, parse, read_key, recheck
+    from tasks.core.erasure.certificate import verify as signed
 
     found, settings = parse(_content(file)), _project()
     trusted = read_key(key) if key else known_key(settings) if settings else None
@@ -53,7 +53,7 @@ def verify(
 @certificate.command("list")
 def kept(as_json: Json = False) -> None:
     """List the certificates of this project."""
-    from tasks.core import certificate as core
+    from tasks.core.erasure import certificate as core
     from tasks.core.settings import project
 
     settings = project()
@@ -80,7 +80,7 @@ def kept(as_json: Json = False) -> None:
 @certificate.command()
 def show(request: Annotated[str, typer.Argument(help="Id of a request.")]) -> None:
     """Print where the page of a request's certificate is."""
-    from tasks.core import certificate as core
+    from tasks.core.erasure import certificate as core
     from tasks.core.errors import UserError
     from tasks.core.settings import project
 
@@ -97,7 +97,7 @@ def show(request: Annotated[str, typer.Argument(help="Id of a request.")]) -> No
 @certificate.command()
 def key() -> None:
     """Print the project's public key, to be published: whoever has it can check every certificate."""
-    from tasks.core.certificate import public_key
+    from tasks.core.erasure.certificate import public_key
     from tasks.core.settings import project
 
     print(public_key(project()), end="")  # noqa: T201

@@ -29,8 +29,8 @@ def forget(
 
     _environment()
     from flows._session import Session, use
+    from tasks.core.erasure.requests import POLICIES, STATES
     from tasks.core.errors import UserError
-    from tasks.core.requests import POLICIES, STATES
     from tasks.core.saga import project_lock
     from tasks.core.settings import project
 
@@ -72,8 +72,9 @@ def _known(here: Any, samples: str, where: str, class_name: str, concept: str) -
     """
     from pathlib import Path
 
-    from tasks.core import certificate, refs, requests
+    from tasks.core import refs
     from tasks.core.erased import words
+    from tasks.core.erasure import certificate, requests
 
     every = {one.id: one for one in requests.every(here.store)}
     if samples and Path(samples).is_file():

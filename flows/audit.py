@@ -11,7 +11,7 @@ from prefect import flow
 
 from flows._runs import BROKEN, emit, shown
 from flows._session import NeedsRun, session
-from tasks.core import certificate
+from tasks.core.erasure import certificate
 
 
 @flow(name="audit")

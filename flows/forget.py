@@ -25,15 +25,16 @@ from flows._runs import CERTIFIED, RECEIVED, STEP_SECONDS, emit, shown
 from flows._session import NeedsRun, Session, call, session
 from flows._types import Class, Concept, Condition, Path, Policy, Reason
 from flows.curate import curate, follow, versions
-from tasks.core import certificate, erased, refs, requests
+from tasks.core import erased, refs
 from tasks.core.descent import carriers
 from tasks.core.erased import Traces, salted
+from tasks.core.erasure import certificate, requests
+from tasks.core.erasure.purge import irreproducible, purge
+from tasks.core.erasure.remains import search
+from tasks.core.erasure.requests import Request, Selection
 from tasks.core.errors import UserError
 from tasks.core.page_certificate import render_certificate
-from tasks.core.purge import irreproducible, purge
 from tasks.core.refs import ModelRef
-from tasks.core.remains import search
-from tasks.core.requests import Request, Selection
 
 BEYOND = (
     "Copies of the data or of the models that were taken out of this project: other clones, downloads, backups, caches of build servers.",

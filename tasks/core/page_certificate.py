@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from tasks.core._facts import Facts, Model
+from tasks.core.erasure._facts import Facts, Model
 from tasks.core.metrics import Figure
 from tasks.core.page import FORGETTING_COLUMNS, clean, environment, plain_number, sentence, size, table, unbroken
 

@@ -88,6 +88,12 @@ class Settings:
         return known["url"] if known and alive(known) else None
 
     @property
+    def signing_key(self) -> tuple[Path, bool]:
+        """The private key that certificates are signed with, and whether the user named it, in `RETORT_SIGNING_KEY`."""
+        named = os.environ.get("RETORT_SIGNING_KEY")
+        return (Path(named), True) if named else (self.home / "signing.key", False)
+
+    @property
     def artifacts(self) -> Path:
         return self.home / "artifacts"
 

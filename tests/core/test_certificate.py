@@ -21,10 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.core import certificate as core
 from tasks.core import erased, files, loop, networks
-from tasks.core.certificate import Check, keep, kept, known_key, names, public_key, read_key, recheck, sign, verify
 from tasks.core.dataset import Dataset, Writer
+from tasks.core.erasure import certificate as core
+from tasks.core.erasure.certificate import Check, keep, kept, known_key, names, public_key, read_key, recheck, sign, verify
 from tasks.core.errors import UserError
 from tasks.core.page_certificate import headline, render_certificate
 from tasks.core.saga import GENESIS, Journal

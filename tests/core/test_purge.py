@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.core._artifacts import Artifacts
-from tasks.core._stores import DvcStore
 from tasks.core.dataset import Dataset, write_parquet
+from tasks.core.erasure._artifacts import Artifacts
+from tasks.core.erasure._stores import DvcStore
+from tasks.core.erasure.purge import irreproducible, purge
+from tasks.core.erasure.remains import search
 from tasks.core.errors import UserError
-from tasks.core.purge import irreproducible, purge
 from tasks.core.refs import DataRef, data_ref, open_data
-from tasks.core.remains import search
 from tests import planted, workspace
 from tests.planted import ERASED, IDS, TRACES, Planted
 
@@ -150,7 +150,7 @@ def test_killed_after_every_single_deletion_it_ends_the_same(past: Planted, tmp_
 
         return once
 
-    from tasks.core import _caches
+    from tasks.core.erasure import _caches
 
     kills = 0
     with monkeypatch.context() as dies:
@@ -173,8 +173,8 @@ def test_killed_for_good_between_two_shards_it_goes_on(past: Planted) -> None:
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from tasks.core._stores import DvcStore\n"
-        "from tasks.core.purge import purge\n"
+        "from tasks.core.erasure._stores import DvcStore\n"
+        "from tasks.core.erasure.purge import purge\n"
         "from tasks.core.settings import Settings\n"
         "from tests.planted import TRACES\n"
         "remove, done = DvcStore.remove, []\n"

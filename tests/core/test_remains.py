@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.core import _look
-from tasks.core._look import Looker, Unreadable
-from tasks.core._words import Words
 from tasks.core.dataset import encode, write_parquet
-from tasks.core.remains import Report, search
+from tasks.core.erasure import _look
+from tasks.core.erasure._look import Looker, Unreadable
+from tasks.core.erasure._words import Words
+from tasks.core.erasure.remains import Report, search
 from tests import planted
 from tests.planted import ERASED, IDS, PIXELS, TRACES, Planted
 

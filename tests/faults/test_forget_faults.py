@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from flows._promotion import history
-from tasks.core.requests import STATES
+from tasks.core.erasure.requests import STATES
 from tasks.core.settings import Settings
 from tests import workspace
 from tests.conftest import copied

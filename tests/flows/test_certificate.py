@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from tasks.core import erased, files
-from tasks.core.certificate import keep, place, sign
 from tasks.core.dataset import Dataset
+from tasks.core.erasure.certificate import keep, place, sign
 from tasks.core.saga import GENESIS
 from tasks.core.settings import Settings
 from tasks.core.store import Store

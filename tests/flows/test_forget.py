@@ -22,7 +22,7 @@ import yaml
 from flows import _registry
 from flows._promotion import history
 from flows._session import Session, use
-from tasks.core import requests
+from tasks.core.erasure import requests
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings
 from tasks.core.store import Store

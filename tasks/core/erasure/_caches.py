@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.core._artifacts import Artifacts, models_of
-from tasks.core._look import Looker, Unreadable
-from tasks.core._stores import TEMPORARY
 from tasks.core.dataset import write_parquet
+from tasks.core.erasure._artifacts import Artifacts, models_of
+from tasks.core.erasure._look import Looker, Unreadable
+from tasks.core.erasure._stores import TEMPORARY
 from tasks.core.errors import UserError
 from tasks.core.refs import ModelRef
 from tasks.core.settings import Settings

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.core import _artifacts, _stores
-from tasks.core._artifacts import Artifacts
-from tasks.core._look import Looker, Unreadable
-from tasks.core._stores import SMALL, WORK, Closed, DvcStore, Item
 from tasks.core.erased import Traces
+from tasks.core.erasure import _artifacts, _stores
+from tasks.core.erasure._artifacts import Artifacts
+from tasks.core.erasure._look import Looker, Unreadable
+from tasks.core.erasure._stores import SMALL, WORK, Closed, DvcStore, Item
 from tasks.core.errors import without_secrets
 from tasks.core.settings import Settings
 from tasks.core.store import Store

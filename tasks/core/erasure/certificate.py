@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tasks.core import files
-from tasks.core._facts import Check, Facts, faults, parse
-from tasks.core._signing import known_key, line_of, private_key, public_key, read_key
+from tasks.core.erasure._facts import Check, Facts, faults, parse
+from tasks.core.erasure._signing import known_key, line_of, private_key, public_key, read_key
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings
 
@@ -89,7 +89,7 @@ def recheck(settings: Settings, store: Store | None, certificate: Mapping[str, A
     store  None: there is no registry here
     Raises UserError where fields are missing.
     """
-    from tasks.core import _recheck
+    from tasks.core.erasure import _recheck
 
     if wrong := faults(certificate):
         raise UserError(f"the facts of this certificate cannot be looked at: {wrong}")

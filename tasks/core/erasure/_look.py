@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.core._words import Words
 from tasks.core.erased import Traces, image_digest
+from tasks.core.erasure._words import Words
 
 CHUNK, OVERLAP = 16 << 20, 1 << 20  # bytes of text at a time, and of those that are read again: a picture within text is no larger
 REMEMBERED = 1_000_000  # pictures that are known to be none of those looked for

@@ -14,8 +14,6 @@ from tasks.core import files
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings
 
-KEY = "RETORT_SIGNING_KEY"
-
 
 def public_key(settings: Settings) -> str:
     """The project's public key as PEM. The key is made where there is none yet."""
@@ -25,7 +23,8 @@ def public_key(settings: Settings) -> str:
 
 def known_key(settings: Settings) -> str | None:
     """The project's public key as a certificate names it; None where no key was made yet."""
-    return line_of(private_key(settings).public_key()) if os.environ.get(KEY) or _own(settings).exists() else None
+    path, named = settings.signing_key
+    return line_of(private_key(settings).public_key()) if named or path.exists() else None
 
 
 def read_key(path: Path) -> str:
@@ -48,8 +47,7 @@ def read_key(path: Path) -> str:
 
 def private_key(settings: Settings) -> Ed25519PrivateKey:
     """The key that `RETORT_SIGNING_KEY` names, or the project's own, made on first use. What it holds is never part of a message."""
-    named = os.environ.get(KEY)
-    path = Path(named) if named else _own(settings)
+    path, named = settings.signing_key
     try:
         if not named and not path.exists():
             _make(settings, path)
@@ -57,16 +55,12 @@ def private_key(settings: Settings) -> Ed25519PrivateKey:
     except OSError as error:
         raise UserError(f"the signing key {path} cannot be read: {error.strerror}") from None
     except TypeError:
-        raise UserError(f"the signing key {path} has a passphrase; name one without in {KEY}") from None
+        raise UserError(f"the signing key {path} has a passphrase; name one without in RETORT_SIGNING_KEY") from None
     except (ValueError, UnsupportedAlgorithm):
         raise UserError(f"{path} holds no private key in PEM; restore it from a backup") from None
     if not isinstance(found, Ed25519PrivateKey):
         raise UserError(f"{path} holds a key of another kind than ed25519: make one with 'openssl genpkey -algorithm ed25519'")
     return found
-
-
-def _own(settings: Settings) -> Path:
-    return settings.home / "signing.key"
 
 
 def _make(settings: Settings, path: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from tasks.core import _versions
-from tasks.core._facts import Check, Facts, Model, Samples
+from tasks.core.erasure import _versions
+from tasks.core.erasure._facts import Check, Facts, Model, Samples
 from tasks.core.errors import UserError
 from tasks.core.refs import EvidenceRef, ModelRef
 from tasks.core.settings import Settings

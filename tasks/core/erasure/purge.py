@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.core import _stores
-from tasks.core._artifacts import Artifacts, artifact_homes
-from tasks.core._caches import purge_artifacts, purge_caches, purge_requests, purge_weights
-from tasks.core._look import Looker, Unreadable
-from tasks.core._stores import DvcStore, oid_of
 from tasks.core.erased import Traces
+from tasks.core.erasure import _stores
+from tasks.core.erasure._artifacts import Artifacts, artifact_homes
+from tasks.core.erasure._caches import purge_artifacts, purge_caches, purge_requests, purge_weights
+from tasks.core.erasure._look import Looker, Unreadable
+from tasks.core.erasure._stores import DvcStore, oid_of
+from tasks.core.erasure.remains import looking, opened, shapes_of
 from tasks.core.errors import UserError
 from tasks.core.refs import ModelRef
-from tasks.core.remains import looking, opened, shapes_of
 from tasks.core.settings import Settings
 from tasks.core.store import Store
 
