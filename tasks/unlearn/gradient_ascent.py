@@ -4,9 +4,10 @@ Paper   none: a baseline (Eternal Sunshine of the Spotless Net, 2019, arXiv 1911
 Idea    L = -CE(forget rows), by SGD with momentum at a constant learning rate, for a pass or a few.
 Small   nothing is left out. The gradient's norm can be bounded, which the field's public code does not do: there, only the learning rate
         and the number of epochs hold it back. Nothing stops it early, there or here.
-Limits  no learning rate is safe: on a network that fits its rows the gradient is nearly 0 at first and grows as it climbs. For 10% of the
-        rows it does nothing at rates up to 0.01 (Fashion-MNIST, 4,000 rows, 15 steps after 1,500, one seed, validation: average gap to
-        a retrained network 8.7, doing nothing 8.9), with a bound on the gradient's norm or without.
+Limits  no learning rate is safe: on a network that fits its rows the gradient is nearly 0 at first and grows as it climbs. Fashion-MNIST,
+        4,000 rows, 15 steps after 1,500, average gap to a retrained network (5 seeds, test): a class 6.8 (sd 4.2; doing nothing 50.1) at
+        rate 0.01 with the gradient's norm bounded, 56 without the bound, 44 at a third of the rate; it is learned again in 2 steps (a
+        retrained network: 29). For 10% of the rows nothing happens at any of the rates: 8.4 (8.6).
 """
 
 from __future__ import annotations
