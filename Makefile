@@ -10,7 +10,7 @@ run: $(VENV)/installed
 	@$(BIN)/retort run
 
 test: $(VENV)/installed
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not faults'
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long'
 
 check: $(VENV)/installed
 	@$(BIN)/ruff check .
@@ -37,7 +37,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Kills the main job and a deletion request at random moments, twenty times each: half an hour.
+# Kills the main job and a deletion request at random moments, twenty times each. The second, half an hour, is not in `make test`.
 faults: $(VENV)/installed
 	@$(BIN)/python -m pytest tests/faults
 

@@ -26,7 +26,7 @@ from tests.conftest import copied
 from tests.flows.asking import aliases, certificates, chosen, listed, named_by, several, weights_of
 from tests.flows.remaining import pool_pictures, remains
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(14400)]
+pytestmark = [pytest.mark.faults, pytest.mark.long, pytest.mark.timeout(14400)]
 KILLS = 20
 NAMES = ("digits-teacher", "digits-student")
 
