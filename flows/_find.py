@@ -130,14 +130,16 @@ def _rows(data: str) -> Iterator[Dataset]:
 
 def _versions(store: Store, names: tuple[str, ...]) -> dict[str, ModelRef]:
     """Every version that is not revoked."""
-    found = {}
-    for name in names or store.names():
-        for version in store.versions(name):
-            tags = version.tags
-            if tags.get("revoked", "false") == "false":
-                ref = ModelRef(model_id=tags["retort.model"], run_id=tags["retort.run"], sha256=tags["retort.sha256"])
-                found[f"{name}/{version.version}"] = ref
-    return found
+    tagged = _standing(store, names).items()
+    return {
+        spec: ModelRef(model_id=tags["retort.model"], run_id=tags["retort.run"], sha256=tags["retort.sha256"]) for spec, tags in tagged
+    }
+
+
+def _standing(store: Store, names: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """The tags of every version that is not revoked, by `NAME/version`, in the order of names and numbers."""
+    known = [one for one in store.all_versions() if one.tags.get("revoked", "false") == "false" and (not names or one.name in names)]
+    return {f"{one.name}/{one.version}": one.tags for one in sorted(known, key=lambda one: (one.name, int(one.version)))}
 
 
 def say(words: str) -> None:
@@ -147,11 +149,7 @@ def say(words: str) -> None:
 
 def facts_of(store: Store, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """What is known of every version that is not revoked, by `NAME/version`."""
-    found = {}
-    for name in names or store.names():
-        for version in store.versions(name):
-            if version.tags.get("revoked", "false") == "false" and FACTS in version.tags:
-                found[f"{name}/{version.version}"] = json.loads(version.tags[FACTS])
+    found = {spec: json.loads(tags[FACTS]) for spec, tags in _standing(store, names).items() if FACTS in tags}
     if not found:
         raise UserError("there is no registered model to ask about: make one with 'retort run'")
     return found

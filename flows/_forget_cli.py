@@ -11,9 +11,7 @@ import typer
 def forget(
     samples: Annotated[str, typer.Option(help="File with one sample id a line.", metavar="FILE")] = "",
     where: Annotated[str, typer.Option(help="Condition on label, class, caption, split and source, as in SQL.")] = "",
-    class_name: Annotated[
-        str, typer.Option("--class", help="All samples of this class: as a dry run only, until stages can do without a class.")
-    ] = "",
+    class_name: Annotated[str, typer.Option("--class", help="All samples of this class, and new ones that come.")] = "",
     concept: Annotated[str, typer.Option(help="All samples whose caption has these words, and new ones that come.")] = "",
     policy: Annotated[str, typer.Option(help="auto: unlearn, and retrain where the gate refuses; unlearn; retrain.")] = "auto",
     reason: Annotated[str, typer.Option(help="Kept with the request and shown on the certificate: never a name.")] = "",

@@ -95,13 +95,8 @@ def select(here: Session, samples_file: str, where: str, class_name: str, concep
 
 
 def receive(here: Session, selection: Selection, policy: str, reason: str) -> Request:
-    """Write a request down and say so. Raises UserError for settings under which it could not be done, and for a whole class."""
+    """Write a request down and say so. Raises UserError for settings under which it could not be done."""
     _forget.settings_of(here)
-    if selection.kind == "class":
-        raise UserError(
-            "a whole class cannot be erased yet: generating and training ask for rows of every class; --dry-run shows what carries it, "
-            "and --where erases samples of a class as long as some of its rows stay"
-        )
     request = requests.receive(here.settings, here.store, selection, policy, reason)
     emit(here, RECEIVED, f"request.{request.id}", request=request.id, samples=request.samples)
     return request

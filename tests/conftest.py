@@ -41,6 +41,16 @@ def image_rows(images: np.ndarray, labels: np.ndarray, splits: list[str], captio
     )
 
 
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """A store that was opened in this process tells its address to those that come after it; not to the next test."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """400 handwritten digits of 8x8 pixels: 200 train, 60 reference, 40 validation, 100 test."""

@@ -63,6 +63,7 @@ class Info:
     schema   a key of `SCHEMAS`
     rows     number of rows in the shards
     classes  class names by label
+    absent   those of them that have no train row and need none: erased as a whole, or allowed to be empty
     shape    channels, height, width of every image
     of       for verdicts: relative path and md5 of the pool that was judged
     made_by  method, its settings and seed
@@ -71,6 +72,7 @@ class Info:
     schema: str
     rows: int = 0
     classes: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
     shape: tuple[int, int, int] = (0, 0, 0)
     name: str = ""
     licence: str = ""
@@ -79,12 +81,13 @@ class Info:
     made_by: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
-        return json.dumps(self.__dict__, indent=1, sort_keys=True, default=list) + "\n"
+        fields = {name: value for name, value in self.__dict__.items() if value or name != "absent"}
+        return json.dumps(fields, indent=1, sort_keys=True, default=list) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Info:
         fields = json.loads(text)
-        fields["classes"] = tuple(fields["classes"])
+        fields["classes"], fields["absent"] = tuple(fields["classes"]), tuple(fields.get("absent", ()))
         fields["shape"] = tuple(fields["shape"])
         return Info(**fields)
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -265,14 +265,19 @@ class Store:
     def versions_by_model(self) -> dict[str, list[tuple[str, int, bool]]]:
         """The registered versions of each model, by its id: name, number, and whether it is revoked."""
         found: dict[str, list[tuple[str, int, bool]]] = {}
+        for version in self.all_versions():
+            revoked = version.tags.get("revoked", "false") != "false"
+            found.setdefault(version.tags["retort.model"], []).append((version.name, int(version.version), revoked))
+        return found
+
+    def all_versions(self) -> Iterator[Any]:
+        """The versions of every registered model that this project's flows made."""
         token = None
         while True:
             page = self.client.search_model_versions("tags.`retort.model` LIKE '%'", max_results=1000, page_token=token)
-            for version in page:
-                revoked = version.tags.get("revoked", "false") != "false"
-                found.setdefault(version.tags["retort.model"], []).append((version.name, int(version.version), revoked))
+            yield from page
             if not (token := page.token):
-                return found
+                return
 
     def versions_of(self, ref: ModelRef) -> list[tuple[str, int]]:
         """Every version that holds this model, as name and number."""

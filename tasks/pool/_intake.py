@@ -113,12 +113,13 @@ class Intake:
         if not self.rows["train"]:
             raise UserError(f"source {name} has no train row, only {', '.join(self.rows)}; add some, or set columns.split to null")
         classes = self.classes or tuple(f"class {label}" for label in range(self.top + 1))
-        empty = [label for label in range(len(classes)) if not self.train[label] and not erased.has_class(classes[label])]
+        absent = [label for label in range(len(classes)) if not self.train[label]]
+        empty = [label for label in absent if not erased.has_class(classes[label])]
         if empty and not allow_empty_class:
             more = f", and {len(empty) - 1} more" if len(empty) > 1 else ""
             which = f"class {classes[empty[0]]!r} (label {empty[0]}{more})"
             raise UserError(f"{which} has no train row in {name}; add some, or set allow_empty_class to true")
-        self.writer.set_info(classes=classes)
+        self.writer.set_info(classes=classes, absent=tuple(classes[label] for label in absent))
 
     def figures(self) -> dict[str, float]:
         """Rows by split, rows set aside and rows left out since they were erased; the share of right captions where that is known."""

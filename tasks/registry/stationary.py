@@ -104,7 +104,7 @@ def stationary(offer: Offer, cfg: Config = Config(), *, seed: int = 0, device: s
 
 
 def labelled(data: Dataset) -> Dataset:
-    """The rows with a label. Raises UserError where a class has none, or there is one class only."""
+    """The rows with a label. Raises UserError where a class that is not absent has none, or there is one class only."""
     labels, classes = data.labels(), data.info.classes
     if len(set(classes)) < max(2, len(classes)):
         raise UserError(
@@ -113,7 +113,7 @@ def labelled(data: Dataset) -> Dataset:
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
     if len(counts) > len(classes):
         raise UserError(f"label {len(counts) - 1} has no class name: labels must lie below {len(classes)}")
-    missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    missing = [name for name, count in zip(classes, counts, strict=True) if count == 0 and name not in data.info.absent]
     if missing:
         raise UserError(f"class {missing[0]!r} has no labelled row in 'train' ({len(missing)} such): every class needs at least one")
     return data.where(labels >= 0)

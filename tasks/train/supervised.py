@@ -47,7 +47,7 @@ def supervised(data: Dataset, cfg: Config = Config(), *, start: Net | None = Non
     """
     labels = data.labels()
     known = labels >= 0
-    check_classes(labels[known], data.info.classes)
+    check_classes(labels[known], data.info.classes, data.info.absent)
     rows = data.where(known)
     images, labels, synthetic = rows.images(), rows.labels(), rows.synthetic()
     with loop.seeded(seed) as generator:
@@ -62,14 +62,14 @@ def supervised(data: Dataset, cfg: Config = Config(), *, start: Net | None = Non
         return loop.fit_supervised(net, images, labels, synthetic, generator=generator, device=device, **recipe)
 
 
-def check_classes(labels: npt.NDArray[np.int64], classes: tuple[str, ...]) -> None:
-    """Raises UserError where a class has no labelled row, or a label has no class."""
+def check_classes(labels: npt.NDArray[np.int64], classes: tuple[str, ...], absent: tuple[str, ...] = ()) -> None:
+    """Raises UserError where a class that is not `absent` has no labelled row, or a label has no class."""
     if len(labels) == 0:
         raise UserError("no row of the data has a label: training needs labelled rows of every class")
     counts = np.bincount(labels, minlength=len(classes))
     if len(counts) > len(classes):
         raise UserError(f"label {len(counts) - 1} has no class name: labels must lie below {len(classes)}")
-    missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    missing = [name for name, count in zip(classes, counts, strict=True) if count == 0 and name not in absent]
     if missing:
         raise UserError(f"class {missing[0]!r} has no labelled row ({len(missing)} such): every class needs at least one")
 

@@ -200,11 +200,16 @@ def registry(place: Path) -> None:
     show("promotion of an evaluated version: the flow", f"{flow:.2f} s", "3 s or less")
     show("the same as a command, with Prefect's start and torch's", f"{whole:.1f} s", "")
     thousand(folder)
-    for words in (["lineage", "digits-student/1"], ["fit", "--device", "board"], ["find-model", "--data", "data/pool:reference"]):
-        first = timed([PYTHON, "-m", "flows.cli", *words], folder)
-        again = median([PYTHON, "-m", "flows.cli", *words], folder, 3)
-        note = "2 s or less" if words[0] != "fit" else ""
-        show(f"1,000 versions: retort {words[0]} (first time {first:.1f} s)", f"{again:.2f} s", note)
+    asked = {
+        "lineage": (["digits-student/1"], "tasks.core.lineage import made_from as ask", "ask(here, 'digits-student/1')"),
+        "fit": (["--device", "board"], "flows._find import fit as ask", "ask('board', '', ())"),
+        "find-model": (["--data", "data/pool:reference"], "flows._find import find_model as ask", "ask('data/pool:reference', ())"),
+    }
+    for name, (words, source, question) in asked.items():
+        first = timed([PYTHON, "-m", "flows.cli", name, *words], folder)
+        alone = question_alone(folder, f"from {source}", question)
+        show(f"1,000 versions: retort {name}, the question alone (first time {first:.1f} s)", f"{alone:.2f} s", "2 s or less")
+        show("the same as a command", f"{median([PYTHON, '-m', 'flows.cli', name, *words], folder, 3):.2f} s", "")
     flow, whole = promotion(folder)
     show("1,000 versions: promotion of an evaluated version: the flow", f"{flow:.2f} s", "2 s or less")
     imports = median([PYTHON, "-c", "import mlflow.tracking, torch, prefect"], folder, 3)
@@ -222,16 +227,21 @@ def lineage(place: Path) -> None:
     first = timed(command, folder)
     found = json.loads(timed_output(command, folder))
     assert (len(found["data"]), len(found["models"])) == (descent.DATA_VERSIONS, descent.MODELS)
-    question = (
-        "import time; from tasks.core.settings import project; from tasks.core.store import Store; from tasks.core.descent import carriers;"
-        "here = project(); store = Store(here); store.names(); began = time.perf_counter();"
-        f"carriers(here, store, [{sample!r}]); print(time.perf_counter() - began)"
-    )
-    asked = sorted(float(timed_output([PYTHON, "-c", question], folder).split()[-1]) for _ in range(3))[1]
+    asked = question_alone(folder, "from tasks.core.descent import carriers", f"carriers(here, session.store, [{sample!r}])")
     show("1,000,000 samples, 100 data versions, 1,000 models: all that was made from a sample", f"{asked:.2f} s", "2 s or less")
     show(f"the same as a command, with mlflow's import (first time {first:.1f} s)", f"{median(command, folder, 3):.2f} s", "")
     seen.write(folder / seen.FILE, seen.keys_of(f"sample-{at:07d}" for at in range(descent.SAMPLES)))
     show("what a model saw, a million ids", f"{(folder / seen.FILE).stat().st_size / 1e6:.2f} MB", "5 MB or less")
+
+
+def question_alone(folder: Path, imports: str, question: str) -> float:
+    """Median seconds of three askings, each in a process of its own that has imported mlflow and torch and opened the store."""
+    code = (
+        "import time, mlflow, torch; from flows._session import Session, use; from tasks.core.settings import project;"
+        f"{imports}; here = project(); session = Session(here); session.store.names(); holding = use(session); holding.__enter__();"
+        f"began = time.perf_counter(); {question}; print(time.perf_counter() - began)"
+    )
+    return sorted(float(timed_output([PYTHON, "-c", code], folder).split()[-1]) for _ in range(3))[1]
 
 
 def promotion(folder: Path) -> tuple[float, float]:

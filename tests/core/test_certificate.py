@@ -35,15 +35,6 @@ from tests.pages import examples
 REQUEST = examples.REQUEST
 
 
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """A store that is opened in this process leaves the environment as it was."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return Settings(tmp_path / "project")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,6 @@ from tests.workspace import retort
 
 pytestmark = pytest.mark.timeout(400)
 REQUEST = examples.REQUEST
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """A store that is opened in this process leaves the environment as it was."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

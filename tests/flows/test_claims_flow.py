@@ -68,7 +68,7 @@ def test_a_schedule_and_its_one_run_at_a_time_are_registered(server: None) -> No
 
     from flows.deployments import deployments
 
-    [weekly] = [one for one in deployments() if one.name == "weekly"]
+    [weekly] = [one for one in deployments() if (one.flow_name, one.name) == ("claims", "weekly")]
     weekly.apply()
     with get_client(sync_client=True) as client:
         found = client.read_deployment_by_name("claims/weekly")

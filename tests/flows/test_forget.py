@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sqlite3
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,15 +58,6 @@ class Erased(NamedTuple):
     named: Told  # what `--dry-run` said
     ran: Told
     after: set[Remain]
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """A store that is opened in this process leaves the environment as it was."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
