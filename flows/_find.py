@@ -76,12 +76,18 @@ def _index(versions: dict[str, ModelRef]) -> tuple[Any, dict[str, Any]]:
 
     here = session()
     rows = tuple(data_ref(here.settings, spec) for spec in DATA)
-    key = {"source": catalog.source_digest("tasks.registry.know2vec"), "data": [ref.md5 for ref in rows], "seed": here.seed}
+    cfg = catalog.configure("registry.know2vec", dict(read_params(here.settings).get("find") or {}))
+    key = {
+        "source": catalog.source_digest("tasks.registry.know2vec"),
+        "settings": cfg.model_dump(mode="json"),
+        "data": [ref.md5 for ref in rows],
+        "seed": here.seed,
+    }
     place = here.settings.home / "knowledge" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     made = place / "matcher.npz"
     if not made.exists():
         say("fitting the matcher, once for this data")
-        matcher = know2vec.fit_matcher(open_data(here.settings, *rows), seed=here.seed)
+        matcher = know2vec.fit_matcher(open_data(here.settings, *rows), cfg, seed=here.seed)
         _save(made, matcher.to_arrays())
     else:
         with np.load(made, allow_pickle=False) as stored:

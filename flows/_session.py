@@ -31,7 +31,7 @@ from tasks.core.store import Store
 
 R = TypeVar("R")
 SECTIONS = ("pool", "filter", "condense", "generate", "recipe", "train", "distill", "unlearn", "references", "evaluate", "registry")
-OPTIONAL = ("seed", "combine", "keep", "devices", "erase")
+OPTIONAL = ("seed", "combine", "find", "keep", "devices", "erase")
 MODES = ("off", "dry-run", "enforce")  # what follows from a gate's word
 FLOWS_OWN = {
     "unlearn": ("demonstration_rows",),

@@ -34,6 +34,7 @@ def smoke_params() -> dict[str, Any]:
     params["train"]["widths"] = [8, 16]
     params["recipe"] = {"steps": 60, "lr": 0.05}
     params["references"]["finetune"] = catalog.get("unlearn.finetune").smoke.model_dump(mode="json")
+    params["find"] = catalog.get("registry.know2vec").smoke.model_dump(mode="json")
     params["registry"]["rules"] = {"accuracy": {"min": 0.05, "min_delta": -0.02}, "ece": {"max": 1.0}}
     return params
 

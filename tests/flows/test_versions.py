@@ -198,6 +198,9 @@ def test_versions_are_ranked_for_a_new_task_by_vectors_that_are_made_once(copy: 
     wrong = workspace.retort(copy, "find-model", "--data", "data/nothing")
     assert wrong.returncode == 2
     assert "data/nothing is not there" in wrong.stderr
+    workspace.change(copy, "find", zoom=7)
+    unknown = workspace.retort(copy, "find-model", "--data", "data/pool:reference")
+    assert (unknown.returncode, "no setting 'zoom'" in unknown.stderr) == (2, True)
 
 
 def verdict(folder: Path, name: str, version: int) -> dict:
