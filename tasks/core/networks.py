@@ -6,6 +6,7 @@ is needed, besides the weights, to build it again.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -159,13 +160,19 @@ def _stitch(given: list[int], taken: list[int]) -> nn.Module:
 
 
 KINDS: dict[str, type[Net]] = {"convnet": ConvNet, "simplex": Simplex, "stitched": Stitched}
+# kinds in modules of their own, which import this one: they are read when one is wanted
+ELSEWHERE = {"denoiser": ("tasks.core.denoiser", "ClassDenoiser"), "text_denoiser": ("tasks.core.text_to_image", "TextDenoiser")}
 
 
 def build(arch: dict[str, Any]) -> Net:
     """Make a network from its description. Raises ValueError for a kind that is not known."""
-    if arch["kind"] not in KINDS:
-        raise ValueError(f"network kind {arch['kind']!r} is not known; known: {', '.join(KINDS)}")
-    return KINDS[arch["kind"]](arch)
+    kind = arch["kind"]
+    if kind not in KINDS and kind in ELSEWHERE:
+        module, name = ELSEWHERE[kind]
+        KINDS[kind] = getattr(import_module(module), name)
+    if kind not in KINDS:
+        raise ValueError(f"network kind {kind!r} is not known; known: {', '.join([*KINDS, *ELSEWHERE])}")
+    return KINDS[kind](arch)
 
 
 def convnet(

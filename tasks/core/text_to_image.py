@@ -1,4 +1,7 @@
-"""Latent or pixel diffusion with text conditions: one set of components, built small here or loaded from Stable Diffusion's folders."""
+"""Diffusion with text conditions: one set of components, and the network made of them that can be rebuilt from a small dictionary.
+
+Self-contained as `denoiser.py` is: a copy of both travels with registered models.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tasks.core.errors import UserError
-from tasks.core.loop import to_float
+from tasks.core.denoiser import Denoiser
 
 NOISE_LEVELS = 200  # a tenth to a fifth of the usual number is enough for small images
 TEXT_WIDTH = 64
@@ -68,13 +69,14 @@ class Diffuser:
 
     def to_latents(self, images: npt.NDArray[np.uint8], generator: torch.Generator) -> Tensor:
         """What the UNet denoises, (N, c, h, w), for uint8 images (N, C, H, W): pixels in [-1, 1], or a draw from the VAE's posterior."""
-        fitted = self._enlarge(to_float(images, self.device) * 2 - 1)
+        fitted = self._enlarge(torch.from_numpy(np.array(images)).to(self.device).float().div_(255) * 2 - 1)
         if self.vae is None:
             return fitted
         with torch.no_grad():
             posterior = self.vae.encode(fitted).latent_dist
         drawn = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(self.device)
-        return (drawn - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        latents: Tensor = (drawn - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return latents
 
     @torch.no_grad()
     def to_images(self, latents: Tensor) -> npt.NDArray[np.uint8]:
@@ -154,15 +156,19 @@ def make_tokenizer(prompts: Sequence[str]) -> Any:
     return made
 
 
-def build(shape: tuple[int, int, int], prompts: Sequence[str], *, channels: int, prediction: str) -> Diffuser:
+def build(
+    shape: tuple[int, int, int], prompts: Sequence[str], *, channels: int, prediction: str, levels: int = NOISE_LEVELS, spare: int = 0
+) -> Diffuser:
     """A fresh pixel diffusion model for images of one shape: UNet with cross-attention in the middle, CLIP text encoder, DDPM scheduler.
 
-    First weights come from torch's global generator: call it inside `loop.seeded`. `channels` must be a multiple of 8.
+    `spare`: tokens that a prompt may have beyond the longest of `prompts`. `channels` must be a multiple of 8. First weights come from
+    torch's global generator: call it inside `loop.seeded`.
     """
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = make_tokenizer(prompts)
+    tokenizer.model_max_length += spare
     widths = block_widths(channels, shape[1], shape[2])
     step = 2 ** (len(widths) - 1)
     size = (-(-shape[1] // step) * step, -(-shape[2] // step) * step)
@@ -196,63 +202,8 @@ def build(shape: tuple[int, int, int], prompts: Sequence[str], *, channels: int,
     with torch.no_grad():
         text.embeddings.token_embedding.weight.mul_(10)
         unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_v.weight.mul_(8)
-    scheduler = DDPMScheduler(num_train_timesteps=NOISE_LEVELS, beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
+    scheduler = DDPMScheduler(num_train_timesteps=levels, beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
     return Diffuser(unet, text, tokenizer, scheduler, None, shape, size, padded=True)
-
-
-def load(name: str, shape: tuple[int, int, int]) -> Diffuser:
-    """Load Stable Diffusion's components from a local folder or a hub id (safetensors only).
-
-    Raises UserError where the folder is not there or a component cannot be loaded.
-    """
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    here = Path(name).expanduser()
-    # a hub id is `name` or `owner/name`; everything else can only be a path
-    if not here.is_dir() and (here.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise UserError(
-            f"pretrained: there is no folder {name}; give a folder with unet/, text_encoder/, ... or a hub id like 'owner/name'"
-        )
-    source = str(here) if here.is_dir() else name
-    try:
-        unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", use_safetensors=True)
-        text = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", use_safetensors=True)
-        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
-        scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
-        vae = None
-        if not here.is_dir() or (here / "vae").is_dir():
-            vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"pretrained: {name} holds no Stable Diffusion components that can be loaded here ({reason})") from None
-    scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    known = unet.config.sample_size
-    if known is None:  # convolutions take any size: the image's own, rounded up
-        step = scale * 2 ** (len(unet.config.block_out_channels) - 1)
-        known = [-(-side // step) * step // scale for side in shape[1:]]
-    height, width = (known, known) if isinstance(known, int) else known
-    model = Diffuser(unet, text, tokenizer, scheduler, vae, shape, (height * scale, width * scale), padded=False)
-    for part in (unet, text, vae):
-        if part is not None:
-            part.eval().requires_grad_(False)
-    return model
-
-
-def pixel_frechet(ours: npt.NDArray[np.uint8], theirs: npt.NDArray[np.uint8]) -> float:
-    """Squared Frechet distance of two Gaussians fitted to images (N, C, H, W), averaged down to at most 8x8 pixels in [0, 1].
-
-    |m1 - m2|^2 + trace(S1 + S2 - 2 (S1 S2)^(1/2)). Raises ValueError for fewer than two images on a side.
-    """
-    if min(len(ours), len(theirs)) < 2:
-        raise ValueError("a Frechet distance needs two images on each side")
-    side = (min(8, ours.shape[2]), min(8, ours.shape[3]))
-    flat = [F.adaptive_avg_pool2d(to_float(images), side).flatten(1).double().numpy() for images in (ours, theirs)]
-    means, (first, second) = [f.mean(0) for f in flat], [np.cov(f, rowvar=False) for f in flat]
-    values, vectors = np.linalg.eigh(first)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(0)).sum()
-    return float(((means[0] - means[1]) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * cross)
 
 
 @contextmanager
@@ -275,3 +226,73 @@ def quiet() -> Iterator[None]:
                 log.set_verbosity(level)
                 if bars:
                     log.enable_progress_bar()
+
+
+class TextDenoiser(Denoiser):
+    """A diffusion model of prompts, which also knows the prompt of each class.
+
+    arch besides that of `Denoiser` (`betas` must be "cosine"): `prompts`, one for each class, by label; `words`, further texts whose
+    words are to be tokens; `channels`, `spare` and `prediction` ("epsilon" or "v_prediction") of `build`.
+    """
+
+    def __init__(self, arch: dict[str, Any]) -> None:
+        super().__init__(arch)
+        if arch["betas"] != "cosine":
+            raise ValueError(f"betas are {arch['betas']!r}; a model of prompts has 'cosine'")
+        if len(arch["prompts"]) != arch["classes"]:
+            raise ValueError(f"there are {len(arch['prompts'])} prompts for {arch['classes']} classes")
+        channels, height, width = arch["shape"]
+        how = {name: arch[name] for name in ("channels", "prediction", "levels", "spare")}
+        with quiet():
+            made = build((channels, height, width), [*arch["prompts"], *arch["words"]], **how)
+        self.unet, self.text = made.unet, made.text
+        self._rest = (made.tokenizer, made.scheduler, None, made.shape, made.size)
+
+    @property
+    def diffuser(self) -> Diffuser:
+        """The components, as `tasks.core.denoise` trains them and draws with them: not copies."""
+        return Diffuser(self.unet, self.text, *self._rest, padded=True, device=str(self.abar.device))
+
+    @property
+    def drawn_shape(self) -> tuple[int, int, int]:
+        return self.diffuser.latent_shape()
+
+    def to_images(self, pictures: Tensor) -> Tensor:
+        return super().to_images(pictures[:, :, : self.arch["shape"][1], : self.arch["shape"][2]])
+
+    def conditions(self, labels: Tensor) -> Tensor:
+        """Text conditions (N, L, D) of the classes' prompts. Raises ValueError for a label that is no class."""
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.arch["classes"]:
+            raise ValueError(f"labels are 0 to {self.arch['classes'] - 1}; there are {int(labels.min())} to {int(labels.max())}")
+        return self.encode([self.arch["prompts"][label] for label in labels.tolist()])
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Text conditions (N, L, D) of any texts."""
+        return self.diffuser.conditions(self.diffuser.tokens(texts))
+
+    def encode_prefixed(self, prefixes: Tensor, tokens: Tensor) -> Tensor:
+        """Text conditions (N, L, D) of prefixes (N, k, D), free token embeddings, and then a text's own tokens (1, L) less the last k."""
+        n, k, _ = prefixes.shape
+        own = self.text.embeddings.token_embedding(tokens)
+        whole = torch.cat([own[:, :1].expand(n, -1, -1), prefixes, own[:, 1 : own.shape[1] - k].expand(n, -1, -1)], 1)
+        # the encoder takes ids alone: what it looks up for them is replaced
+        hook = self.text.embeddings.token_embedding.register_forward_hook(lambda *_: whole)
+        try:
+            conditions: Tensor = self.text(tokens.expand(n, -1)).last_hidden_state
+        finally:
+            hook.remove()
+        return conditions
+
+    def predict(self, noisy: Tensor, levels: Tensor, conditions: Tensor) -> Tensor:
+        """What the UNet itself says (N, C, H, W): noise or velocity, as `prediction` has it. Odd sizes are padded and cut back."""
+        (height, width), (_, h, w) = noisy.shape[2:], self.drawn_shape
+        padded = F.pad(noisy, (0, w - width, 0, h - height), mode="replicate")
+        predicted: Tensor = self.unet(padded, levels, conditions).sample
+        return predicted[:, :, :height, :width]
+
+    def forward(self, noisy: Tensor, levels: Tensor, conditions: Tensor) -> Tensor:  # type: ignore[override]
+        predicted = self.predict(noisy, levels, conditions)
+        if self.arch["prediction"] == "epsilon":
+            return predicted
+        share = self.abar[levels][:, None, None, None]  # velocity: sqrt(abar) noise - sqrt(1 - abar) picture
+        return share.sqrt() * predicted + (1 - share).sqrt() * noisy

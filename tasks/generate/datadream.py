@@ -23,7 +23,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -32,15 +31,13 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from tasks.core import loop
 from tasks.core.dataset import SCHEMAS, Dataset, encode, image_column
+from tasks.core.denoise import denoise, draw, load, pixel_frechet, prompt
 from tasks.core.errors import UserError
-from tasks.core.loop import index_batches
 from tasks.core.method import Made, MethodConfig, method
-from tasks.core.progress import track
-from tasks.generate._shared import Diffuser, build, load, pixel_frechet, quiet
+from tasks.core.text_to_image import Diffuser, build, quiet
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -73,100 +70,6 @@ class Config(MethodConfig):
 
 
 SMOKE = Config(base_steps=4, lora_steps=3, sampling_steps=2, batch=4, channels=8, rank=2, variant="cls", lora_on="attention")
-
-
-def prompt(domain: str, name: str) -> str:
-    """`a <domain> photo of a <class>`; without a domain word, `a photo of a <class>` (paper, section 3.1)."""
-    return " ".join(f"a {domain} photo of a {name}".split())
-
-
-def denoising_target(scheduler: Any, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-    """What the UNet should predict for (N, c, h, w) inputs at noise levels (N,): the noise, or the velocity, as the scheduler says.
-
-    Raises UserError for a kind of prediction that is not known.
-    """
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        velocity: Tensor = scheduler.get_velocity(clean, noise, levels)
-        return velocity
-    if kind == "sample":
-        return clean
-    raise UserError(f"the scheduler's prediction_type is {kind!r}; valid: epsilon, v_prediction, sample")
-
-
-def denoise(
-    model: Diffuser,
-    images: npt.NDArray[np.uint8],
-    tokens: Tensor,
-    weights: Sequence[Tensor],
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    weight_decay: float,
-    prompt_dropout: float,
-    generator: torch.Generator,
-    what: str,
-) -> list[float]:
-    """Train `weights` on the denoising loss ||prediction(noisy, level, prompt) - target||^2 (paper, equation 1); gives the losses.
-
-    images (N, C, H, W) uint8, tokens (N, L). AdamW, a cosine with a tenth of the steps as warm-up.
-    """
-    from diffusers.optimization import get_cosine_schedule_with_warmup
-
-    device = model.device
-    optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimiser, max(1, steps // 10), steps)
-    batches = index_batches(len(images), batch, steps, generator)
-    empty = model.tokens([""])
-    losses = []
-    for _ in track(range(steps), what):
-        at = next(batches)
-        clean = model.to_latents(images[at.numpy()], generator)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        levels = torch.randint(model.scheduler.config.num_train_timesteps, (len(at),), generator=generator).to(device)
-        dropped = torch.rand(len(at), generator=generator) < prompt_dropout
-        conditions = model.conditions(torch.where(dropped[:, None], empty, tokens[at]))
-        predicted = model.unet(model.scheduler.add_noise(clean, noise, levels), levels, conditions).sample
-        loss = F.mse_loss(predicted, denoising_target(model.scheduler, clean, noise, levels))
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def guided(model: Diffuser, noisy: Tensor, level: Tensor, conditions: Tensor, empty: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: empty + guidance * (conditional - empty) (Ho and Salimans 2022); at 1 the conditional prediction itself."""
-    conditional: Tensor = model.unet(noisy, level, conditions).sample
-    if guidance == 1:
-        return conditional
-    unconditional: Tensor = model.unet(noisy, level, empty.expand(len(noisy), -1, -1)).sample
-    return unconditional + guidance * (conditional - unconditional)
-
-
-@torch.no_grad()
-def draw(model: Diffuser, prompts: Sequence[str], *, guidance: float, steps: int, generator: torch.Generator) -> npt.NDArray[np.uint8]:
-    """One image for each prompt, (N, C, H, W) uint8, by deterministic DDIM from Gaussian noise."""
-    from diffusers import DDIMScheduler
-
-    device, shape = model.device, model.latent_shape()
-    scheduler = DDIMScheduler.from_config(model.scheduler.config, timestep_spacing="trailing", clip_sample=model.vae is None)
-    scheduler.set_timesteps(steps)
-    at_once = min(256, max(1, 2**18 // int(np.prod(shape))))
-    pieces = []
-    for start in range(0, len(prompts), at_once):
-        some = list(prompts[start : start + at_once])
-        conditions, empty = model.conditions(model.tokens(some)), model.conditions(model.tokens([""]))
-        noisy = torch.randn((len(some), *shape), generator=generator).to(device)
-        for level in scheduler.timesteps:
-            predicted = guided(model, noisy, level.to(device), conditions, empty, guidance)
-            noisy = scheduler.step(predicted, level, noisy, use_clipped_model_output=model.vae is None).prev_sample
-        pieces.append(model.to_images(noisy))
-    return np.concatenate(pieces)
 
 
 def add_lora(model: Diffuser, name: str, *, rank: int, alpha: int, everywhere: bool) -> list[Tensor]:
@@ -204,7 +107,8 @@ def datadream(shots: Dataset, base: Dataset, n: int, cfg: Config = Config(), *, 
     """
     shots = shots.where(shots.labels() >= 0)
     labels, names, ids = shots.labels(), shots.info.classes, shots.ids()
-    bare = [name for at, name in enumerate(names) if not np.any(labels == at)]
+    there = [at for at, name in enumerate(names) if name not in shots.info.absent or np.any(labels == at)]
+    bare = [names[at] for at in there if not np.any(labels == at)]
     if bare:
         raise UserError(f"class {bare[0]!r} has no shots: DataDream needs one labelled real image of every class, or more")
     images, prompts = shots.images(), [prompt(cfg.domain, name) for name in names]
@@ -220,11 +124,11 @@ def datadream(shots: Dataset, base: Dataset, n: int, cfg: Config = Config(), *, 
         tokens = model.tokens(prompts)
         how: dict[str, Any] = {"guidance": cfg.guidance, "steps": cfg.sampling_steps, "generator": generator}
         few = min(n, COMPARED)
-        unadapted = draw(model, [text for text in prompts for _ in range(few)], **how)
+        unadapted = draw(model, [prompts[label] for label in there for _ in range(few)], **how)
         everywhere = cfg.lora_on == "all" or (cfg.lora_on == "auto" and cfg.pretrained is None)
         made: dict[int, npt.NDArray[np.uint8]] = {}
         ends = []
-        for group in [range(len(names))] if cfg.variant == "dset" else [[label] for label in range(len(names))]:
+        for group in [there] if cfg.variant == "dset" else [[label] for label in there]:
             name = f"{cfg.variant}{group[0]}"
             weights = add_lora(model, name, rank=cfg.rank, alpha=cfg.alpha, everywhere=everywhere)
             at = np.flatnonzero(np.isin(labels, group))
@@ -247,7 +151,7 @@ def datadream(shots: Dataset, base: Dataset, n: int, cfg: Config = Config(), *, 
             made.update({label: drawn[k * n : (k + 1) * n] for k, label in enumerate(group)})
             remove_lora(model, name)
     figures["adapted_loss"] = float(np.mean(ends))
-    if len(images) > 1 and few * len(names) > 1:
+    if len(images) > 1 and few * len(there) > 1:
         figures["pixel_frechet_unadapted"] = pixel_frechet(unadapted, images)
         figures["pixel_frechet"] = pixel_frechet(np.concatenate([made[label][:few] for label in made]), images)
     of_base = base.ids() if cfg.pretrained is None else []

@@ -1,4 +1,4 @@
-"""DataDream: prompts, the denoising target, guidance, LoRA, the components on disk, and what the rows say of themselves."""
+"""DataDream: LoRA, the components on disk, and what the rows say of themselves."""
 
 from __future__ import annotations
 
@@ -9,44 +9,37 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_log
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging as transformers_log
 
 from tasks.core import loop
 from tasks.core.catalog import configure
 from tasks.core.dataset import SCHEMAS, Dataset, decode
+from tasks.core.denoise import denoise, draw, guided, load, prompt
 from tasks.core.errors import UserError
-from tasks.generate import _shared
-from tasks.generate.datadream import (
-    SMOKE,
-    Config,
-    add_lora,
-    datadream,
-    denoise,
-    denoising_target,
-    draw,
-    guided,
-    pixel_frechet,
-    prompt,
-    remove_lora,
-)
+from tasks.core.text_to_image import Diffuser, build, make_tokenizer, quiet
+from tasks.generate.datadream import SMOKE, Config, add_lora, datadream, remove_lora
 
 TINY = Config(base_steps=6, lora_steps=4, sampling_steps=2, batch=4, channels=8, rank=2)
 PROMPTS = ["a photo of a cat", "a photo of a dog"]
 
 
 @pytest.fixture
-def model() -> _shared.Diffuser:
-    with _shared.quiet(), loop.seeded(0):
-        return _shared.build((1, 8, 8), PROMPTS, channels=8, prediction="v_prediction")
+def model() -> Diffuser:
+    with quiet(), loop.seeded(0):
+        return build((1, 8, 8), PROMPTS, channels=8, prediction="v_prediction")
 
 
 def weights_of(part: torch.nn.Module) -> dict[str, bytes]:
     """Weights by name as it was before a LoRA wrapped the layer."""
     named = {name.replace(".base_layer", ""): value for name, value in part.state_dict().items() if "lora_" not in name}
     return {name: value.numpy().tobytes() for name, value in named.items()}
+
+
+@torch.no_grad()
+def parts(model: Diffuser) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    noisy = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    return noisy, torch.tensor(50), model.conditions(model.tokens(PROMPTS)), model.conditions(model.tokens([""]))
 
 
 def few_shots(tiny: Dataset, per_class: int = 2) -> Dataset:
@@ -58,110 +51,13 @@ def rest(tiny: Dataset) -> Dataset:
     return tiny.split("reference")
 
 
-# prompts and tokens
-
-
-def test_a_prompt_names_the_domain_and_the_class():
-    assert prompt("handwritten", "zero") == "a handwritten photo of a zero"
-
-
-def test_a_prompt_without_a_domain_has_no_hole():
-    assert prompt("", "ankle boot") == "a photo of a ankle boot"
-
-
-def test_every_word_of_the_prompts_is_one_token_and_an_unknown_word_is_spelt():
-    tokenizer = _shared.make_tokenizer(["a photo of a T-shirt/top", "an inked photo"])
-    assert tokenizer.tokenize("a inked T-shirt") == ["a</w>", "inked</w>", "t</w>", "-</w>", "shirt</w>"]
-    assert tokenizer.tokenize("xyz") == ["x", "y", "z</w>"]
-
-
-def test_words_that_share_pieces_are_whole_all_the_same():
-    words = ["of", "phone", "photo", "roof", "wo", "two", "to", "a"]
-    assert _shared.make_tokenizer([" ".join(words)]).tokenize(" ".join(words)) == [f"{word}</w>" for word in words]
-
-
-@given(st.lists(st.text("abc", min_size=1, max_size=6), min_size=1, max_size=8))
-@settings(max_examples=50, deadline=None)
-def test_any_words_are_whole_and_get_the_same_numbers_each_time(words):
-    text = " ".join(words)
-    first, second = _shared.make_tokenizer([text]), _shared.make_tokenizer([text])
-    assert first.tokenize(text) == [f"{word}</w>" for word in words]
-    assert first(text)["input_ids"] == second(text)["input_ids"]
-
-
-def test_merges_are_worked_by_hand():
-    assert _shared.word_merges(["of", "roof"]) == [("o", "f</w>"), ("r", "o"), ("ro", "of</w>")]
-
-
-def test_token_rows_are_as_long_as_the_longest_prompt(model):
-    tokens = model.tokens(["a photo of a cat", ""])
-    assert tokens.shape == (2, 7)  # start, five words, end
-    assert tokens[1].tolist() == [0, 1, 1, 1, 1, 1, 1]
-
-
-def test_equal_prompts_get_equal_conditions_and_others_do_not(model):
-    with torch.no_grad():
-        found = model.conditions(model.tokens([PROMPTS[0], PROMPTS[1], PROMPTS[0]]))
-    assert torch.equal(found[0], found[2])
-    assert not torch.allclose(found[0], found[1])
-
-
-# the denoising target
-
-
-def test_velocity_is_worked_by_hand_from_the_schedulers_own_noise_levels():
-    scheduler = DDPMScheduler(num_train_timesteps=4, trained_betas=[0.1, 0.2, 0.3, 0.4], prediction_type="v_prediction")
-    clean, noise = torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 2, 2), -1.0)
-    kept = 0.9 * 0.8 * 0.7  # share of the signal's variance that is left at level 2
-    wanted = kept**0.5 * -1.0 - (1 - kept) ** 0.5 * 2.0
-    found = denoising_target(scheduler, clean, noise, torch.tensor([2]))
-    assert torch.allclose(found, torch.full_like(clean, wanted), atol=1e-6)
-
-
-@pytest.mark.parametrize(("kind", "wanted"), [("epsilon", -1.0), ("sample", 2.0)])
-def test_the_target_is_the_noise_or_the_image_where_the_scheduler_says_so(kind, wanted):
-    scheduler = DDPMScheduler(prediction_type=kind)
-    found = denoising_target(scheduler, torch.tensor([[[[2.0]]]]), torch.tensor([[[[-1.0]]]]), torch.tensor([5]))
-    assert found.item() == wanted
-
-
-def test_an_unknown_kind_of_prediction_is_refused():
-    scheduler = DDPMScheduler(prediction_type="flow")
-    with pytest.raises(UserError, match="'flow'; valid: epsilon"):
-        denoising_target(scheduler, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.tensor([0]))
-
-
-# guidance
-
-
-@torch.no_grad()
-def parts(model: _shared.Diffuser) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    noisy = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    return noisy, torch.tensor(50), model.conditions(model.tokens(PROMPTS)), model.conditions(model.tokens([""]))
-
-
-@torch.no_grad()
-def test_guidance_one_is_the_conditional_prediction(model):
-    noisy, level, conditions, empty = parts(model)
-    assert torch.equal(guided(model, noisy, level, conditions, empty, 1.0), model.unet(noisy, level, conditions).sample)
-
-
-@torch.no_grad()
-def test_guidance_three_goes_three_times_as_far_from_the_empty_prompt(model):
-    noisy, level, conditions, empty = parts(model)
-    conditional, unconditional = model.unet(noisy, level, conditions).sample, model.unet(noisy, level, empty.repeat(2, 1, 1)).sample
-    found = guided(model, noisy, level, conditions, empty, 3.0)
-    assert torch.allclose(found, 3 * conditional - 2 * unconditional, atol=1e-5)
-    assert not torch.allclose(found, conditional, atol=1e-5)
-
-
 # LoRA
 
 
 def test_training_a_lora_changes_its_own_weights_and_no_other(model):
     before = weights_of(model.unet), weights_of(model.text)
     images = np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8)
-    with _shared.quiet(), loop.seeded(0) as generator:
+    with quiet(), loop.seeded(0) as generator:
         lora = add_lora(model, "first", rank=2, alpha=2, everywhere=True)
         start = [weights.detach().clone() for weights in lora]
         how = {"steps": 3, "batch": 2, "lr": 1e-2, "weight_decay": 0.0, "prompt_dropout": 0.0, "generator": generator, "what": "t"}
@@ -176,7 +72,7 @@ def test_training_a_lora_changes_its_own_weights_and_no_other(model):
 def test_a_fresh_lora_changes_nothing_and_a_removed_one_leaves_nothing(model):
     noisy, level, conditions, empty = parts(model)
     plain = guided(model, noisy, level, conditions, empty, 2.0)
-    with _shared.quiet(), loop.seeded(0):
+    with quiet(), loop.seeded(0):
         lora = add_lora(model, "first", rank=2, alpha=2, everywhere=True)
         assert torch.allclose(guided(model, noisy, level, conditions, empty, 2.0), plain, atol=1e-6)
         with torch.no_grad():
@@ -189,51 +85,11 @@ def test_a_fresh_lora_changes_nothing_and_a_removed_one_leaves_nothing(model):
 
 
 def test_a_lora_on_attention_alone_leaves_the_convolutions(model):
-    with _shared.quiet(), loop.seeded(0):
+    with quiet(), loop.seeded(0):
         add_lora(model, "narrow", rank=2, alpha=2, everywhere=False)
     wrapped = {name.partition(".lora_")[0].rpartition("attn")[2] for name in model.unet.state_dict() if "lora_" in name}
     assert wrapped == {f"{at}.{layer}" for at in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")}
     assert any("q_proj.lora_A" in name for name in model.text.state_dict())
-
-
-# images in and out
-
-
-@given(st.sampled_from([1, 3]), st.integers(8, 64), st.integers(8, 64))
-@settings(max_examples=25, deadline=None)
-def test_images_of_any_size_are_padded_to_what_the_levels_need_and_cropped_back(channels, height, width):
-    step = 2 ** (len(_shared.block_widths(8, height, width)) - 1)
-    size = (-(-height // step) * step, -(-width // step) * step)
-    model = _shared.Diffuser(torch.nn.Identity(), None, None, None, None, (channels, height, width), size, padded=True)
-    images = np.random.default_rng(0).integers(0, 256, (2, channels, height, width), dtype=np.uint8)
-    latents = model.to_latents(images, torch.Generator())
-    assert latents.shape[2] % step == latents.shape[3] % step == 0
-    assert float(latents.abs().max()) <= 1
-    assert np.array_equal(model.to_images(latents), images)
-
-
-def test_levels_grow_with_the_image():
-    assert _shared.block_widths(16, 8, 8) == (16, 32)
-    assert _shared.block_widths(16, 28, 28) == (16, 32, 64)
-    assert _shared.block_widths(16, 64, 20) == (16, 32, 64, 64)
-
-
-# the distance
-
-
-def test_the_distance_of_two_gaussians_is_worked_by_hand():
-    # two uncorrelated pixels: both means differ by .2, and the second one's deviation is twice as large
-    ours = np.array([[0, 0], [0, 102], [102, 0], [102, 102]], dtype=np.uint8).reshape(4, 1, 1, 2)
-    theirs = np.array([[51, 0], [51, 204], [153, 0], [153, 204]], dtype=np.uint8).reshape(4, 1, 1, 2)
-    deviation = 0.2 * (4 / 3) ** 0.5
-    assert pixel_frechet(ours, theirs) == pytest.approx(0.2**2 + 0.2**2 + deviation**2, rel=1e-5)
-
-
-def test_a_set_has_no_distance_to_itself_and_one_image_has_none_to_any():
-    images = np.random.default_rng(0).integers(0, 256, (40, 3, 12, 12), dtype=np.uint8)
-    assert pixel_frechet(images, images) == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="two images"):
-        pixel_frechet(images[:1], images)
 
 
 # the whole method
@@ -312,8 +168,8 @@ def test_nothing_global_is_left_changed(tiny, capfd):
 def stable_diffusion(tmp_path_factory) -> Path:
     """Stable Diffusion's folders, tiny: 3x16x16 images, 4x8x8 latents, velocity prediction."""
     folder = tmp_path_factory.mktemp("sd")
-    with _shared.quiet(), loop.seeded(0):
-        tokenizer = _shared.make_tokenizer([prompt("", "zero"), prompt("", "one")])
+    with quiet(), loop.seeded(0):
+        tokenizer = make_tokenizer([prompt("", "zero"), prompt("", "one")])
         ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         text = CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -356,8 +212,8 @@ def test_stable_diffusions_folders_load_and_run_through_the_same_code(tiny, stab
 
 
 def test_loaded_components_are_the_saved_ones_and_images_pass_through_the_latents(stable_diffusion):
-    with _shared.quiet():
-        model = _shared.load(str(stable_diffusion), (1, 12, 12))
+    with quiet():
+        model = load(str(stable_diffusion), (1, 12, 12))
         saved = UNet2DConditionModel.from_pretrained(stable_diffusion / "unet")
     assert weights_of(model.unet) == weights_of(saved)
     assert model.tokenizer.tokenize("zero") == ["zero</w>"]
@@ -369,8 +225,8 @@ def test_loaded_components_are_the_saved_ones_and_images_pass_through_the_latent
 
 
 def test_the_vaes_latents_are_scaled_as_its_config_says(stable_diffusion):
-    with _shared.quiet():
-        model = _shared.load(str(stable_diffusion), (3, 16, 16))
+    with quiet():
+        model = load(str(stable_diffusion), (3, 16, 16))
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), dtype=np.uint8)
     found = model.to_latents(images, torch.Generator().manual_seed(4))
     with torch.no_grad():

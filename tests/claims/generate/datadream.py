@@ -33,11 +33,12 @@ from torch.nn import functional as F
 from tasks.core import loop, networks
 from tasks.core.claim import Beats, Claim, Row
 from tasks.core.dataset import Dataset, decode
+from tasks.core.denoise import draw, load, prompt
 from tasks.core.errors import UserError
 from tasks.core.method import Made
 from tasks.core.networks import Net
+from tasks.core.text_to_image import quiet
 from tasks.generate import datadream
-from tasks.generate._shared import load, quiet
 from tests.claims.samples import Images, dataset, images
 
 CLAIM = Claim(
@@ -105,7 +106,7 @@ def bold(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 def save_base(folder: Path, base: Dataset, cfg: datadream.Config, seed: int) -> None:
     """Train the method's own small base, once for all shots, and save it as the folder that `pretrained` takes."""
-    names = [datadream.prompt(cfg.domain, name) for name in base.info.classes]
+    names = [prompt(cfg.domain, name) for name in base.info.classes]
     with quiet(), loop.seeded(seed) as generator:
         model, _ = datadream._train_base(base, base.info.shape, names, cfg, generator, "cpu")
         for name, part in (("unet", "unet"), ("text", "text_encoder"), ("tokenizer", "tokenizer"), ("scheduler", "scheduler")):
@@ -192,9 +193,9 @@ def switched_off(
     shots: Dataset, base: Dataset, n: int, cfg: datadream.Config, *, seed: int = 0, device: str = "cpu", guidance: float = GUIDANCE
 ) -> Made:
     """The unadapted generator in datadream's place: the base's own samples."""
-    text = [datadream.prompt(cfg.domain, name) for name in shots.info.classes]
+    text = [prompt(cfg.domain, name) for name in shots.info.classes]
     with quiet(), loop.seeded(seed) as generator:
         model = load(str(cfg.pretrained), shots.info.shape)
-        drawn = datadream.draw(model, np.repeat(text, n).tolist(), guidance=guidance, steps=cfg.sampling_steps, generator=generator)
+        drawn = draw(model, np.repeat(text, n).tolist(), guidance=guidance, steps=cfg.sampling_steps, generator=generator)
     each = enumerate(zip(shots.info.classes, text, np.split(drawn, len(text)), strict=True))
     return Made(pa.concat_tables([datadream._rows(at, *of_class, [], cfg, seed) for at, of_class in each]))
