@@ -72,6 +72,7 @@ def _index(versions: dict[str, ModelRef]) -> tuple[Any, dict[str, Any]]:
     """The matcher and the vector of each version's weights, read from `.retort/knowledge`; what is missing there is made."""
     import numpy as np
 
+    from tasks.core.networks import draws
     from tasks.registry import know2vec
 
     here = session()
@@ -100,7 +101,8 @@ def _index(versions: dict[str, ModelRef]) -> tuple[Any, dict[str, Any]]:
     for at, (sha256, ref) in enumerate(missing.items(), 1):
         say(f"asking model {at} of {len(missing)} what it knows, once")
         net = here.store.load_net(ref)
-        fits = tuple(net.arch["shape"]) == matcher.shape  # one for images of another shape has no vector, and is never named
+        # one for images of another shape, or one that draws them, has no vector, and is never named
+        fits = tuple(net.arch["shape"]) == matcher.shape and not draws(net.arch)
         known[sha256] = matcher.knowledge(net) if fits else np.zeros(0, np.float32)
     if missing:
         _save(place / "vectors.npz", known)
@@ -137,9 +139,7 @@ def _rows(data: str) -> Iterator[Dataset]:
 def _versions(store: Store, names: tuple[str, ...]) -> dict[str, ModelRef]:
     """Every version that is not revoked."""
     tagged = _standing(store, names).items()
-    return {
-        spec: ModelRef(model_id=tags["retort.model"], run_id=tags["retort.run"], sha256=tags["retort.sha256"]) for spec, tags in tagged
-    }
+    return {spec: ModelRef(model_id=tags["retort.model"], run_id=tags["retort.run"], sha256=tags["retort.sha256"]) for spec, tags in tagged}
 
 
 def _standing(store: Store, names: tuple[str, ...]) -> dict[str, dict[str, str]]:

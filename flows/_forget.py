@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from flows import _promotion
 from flows._evidence import ABOUT
 from flows._registry import describe, register, version_of
-from flows._session import Session, call, step
+from flows._session import GENERATOR, Session, call, erase_settings, step
 from flows.evaluate import evaluate_forgetting
 from flows.promote import promote
 from flows.unlearn import Unlearned
-from tasks.core import catalog
 from tasks.core.lineage import references
-from tasks.core.method import MethodConfig, configured
 from tasks.core.refs import DataRef, EvidenceRef, ModelRef, data_ref
-from tasks.core.settings import read_params
 from tasks.core.step import Done, Inputs, Plan, read_evidence
 from tasks.core.store import Store
 
 RETRAIN = "unlearn.retrain"
-
-
-class Erase(MethodConfig):
-    """Section `erase` of params.yaml."""
-
-    methods: tuple[str, ...] = Field((), description="methods that `auto` may choose from; none: that of section unlearn")
-    reference: bool = Field(True, description="retrain a reference beside each unlearned model, to measure forgetting against")
-    on_refusal: Literal["wait", "revoke"] = Field("wait", description="what becomes of a champion whose replacement the gate refuses")
 
 
 class Target(BaseModel, frozen=True):
@@ -49,18 +38,16 @@ class Target(BaseModel, frozen=True):
     cost: float  # seconds, as the making of it took
 
 
-def settings_of(here: Session) -> Erase:
-    """How this project erases. Raises UserError for a key that there is not."""
-    erase = configured(Erase, "erase", read_params(here.settings).get("erase") or {})
-    for name in erase.methods:
-        catalog.card(f"unlearn.{name}")
-    return erase
+def scenario_of(kinds: Iterable[str]) -> str:
+    """What requests of these kinds, done together, are to a model: a class that goes, or samples."""
+    return "class" if set(kinds) == {"class"} else "samples"
 
 
-def targets(here: Session, models: Sequence[Mapping[str, Any]], policy: str) -> list[Target]:
+def targets(here: Session, models: Sequence[Mapping[str, Any]], policy: str, scenario: str) -> list[Target]:
     """What is to be done about each registered version among the carriers, teachers before their students.
 
-    Of each name the champion is replaced, or where there is none the newest version; the others are revoked.
+    Of each name the champion is replaced, or where there is none the newest version; the others are revoked. A generator can unlearn a
+    class, where params.yaml names how; for anything less it is trained again.
     """
     store, found = here.store, []
     for model in models:
@@ -75,6 +62,9 @@ def targets(here: Session, models: Sequence[Mapping[str, Any]], policy: str) -> 
             action = "revoke"
             if serves and family == "distill":
                 action = "distill"
+            elif serves and store.role(ref) == GENERATOR:
+                forgets = scenario == "class" and policy != "retrain" and here.generator()[1][0]
+                action = "unlearn" if forgets else "retrain"
             elif serves and family in ("train", "unlearn"):
                 action = "retrain" if policy == "retrain" else "unlearn"
             cost = seconds_of(store, ref)
@@ -113,8 +103,15 @@ def replace(
     retain = tuple(dict.fromkeys(_now(here, ref) for ref in whole))
     inputs: Inputs = {"model": target.ref, "forget": forget, "retain": retain}
     about = {"retort.request": request}
+    if here.store.role(target.ref) == GENERATOR:
+        (train, how), (method, settings) = here.generator()
+        if target.action == "unlearn":
+            made = step(Plan("unlearned", method, settings, inputs, here.seed, about))
+        else:
+            made = step(Plan(GENERATOR, train, how, {"data": retain}, here.seed, about))
+        return done | {"action": f"{target.action}ed", "method": made.method} | _offered(here, target, made)
     reference: Done | None = None
-    if target.action == "retrain" or settings_of(here).reference:
+    if target.action == "retrain" or erase_settings(here).reference:
         reference = step(Plan("retrained", RETRAIN, here.params("recipe"), inputs, here.seed, about))
     method, settings = (RETRAIN, {}) if target.action == "retrain" else choose(here)
     made = reference if method == RETRAIN and reference else step(Plan("unlearned", method, settings, inputs, here.seed, about))
@@ -150,7 +147,7 @@ def _offered(here: Session, target: Target, made: Done) -> dict[str, Any]:
     version = version_of(target.name, made)
     if not target.champion:
         return {"replaced_by": version, "gate": "not asked: it takes no champion's place"}
-    decision = call(promote, target.name, version)
+    decision = call(promote, target.name, version, erasing=True)
     gate = "passed" if decision["promoted"] else f"refused: {decision['verdict'].get('reason', '')}"
     return {"replaced_by": version, "gate": gate}
 
@@ -196,7 +193,7 @@ def choose(here: Session) -> tuple[str, dict[str, Any]]:
     settings.pop("demonstration_rows", None)
     bound = ((here.params("registry").get("rules") or {}).get("avg_gap") or {}).get("max")
     best: tuple[float, str] | None = None
-    for name in settings_of(here).methods:
+    for name in erase_settings(here).methods:
         method = f"unlearn.{name}"
         past = here.store.newest_run({"retort.method": method, "retort.done": "%"}, like=True)
         gap = _past_gap(here.store, past) if past else None

@@ -102,7 +102,7 @@ def _show(here: Any, selection: Any, policy: str) -> None:
     console = Console()
     console.print(f"{len(selection.traces.ids)} samples", *tables(found), sep="\n", highlight=False)
     actions = Table("model", "would be", "seconds to retrain")
-    for target in _forget.targets(here, plain(found)["models"], policy):
+    for target in _forget.targets(here, plain(found)["models"], policy, _forget.scenario_of([selection.kind])):
         words = {"unlearn": "unlearned", "retrain": "retrained", "distill": "distilled again", "revoke": "revoked"}[target.action]
         actions.add_row(f"{target.name}/{target.version}" + (" (champion)" if target.champion else ""), words, f"{target.cost:.1f}")
     console.print(actions)

@@ -112,7 +112,8 @@ def describe(name: str, version: int) -> card.Card:
     here.store.describe(name, version, card.markdown(found))
     here.store.log_text(here.store.version_ref(name, version).run_id, f"card-{name}-{version}.html", render_card(found))
     measured = found.figures.get("accuracy")
-    here.store.tag(name, version, FACTS, json.dumps(_facts(name, version) | ({"accuracy": measured.value} if measured else {})))
+    if not found.draws:
+        here.store.tag(name, version, FACTS, json.dumps(_facts(name, version) | ({"accuracy": measured.value} if measured else {})))
     return found
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from prefect import Flow, task
 from prefect.cache_policies import NO_CACHE
@@ -31,7 +31,8 @@ from tasks.core.store import Store
 
 R = TypeVar("R")
 SECTIONS = ("pool", "filter", "condense", "generate", "recipe", "train", "distill", "unlearn", "references", "evaluate", "registry")
-OPTIONAL = ("seed", "combine", "find", "keep", "devices", "erase")
+OPTIONAL = ("seed", "combine", "find", "generator", "keep", "devices", "erase")
+GENERATOR = "generator"  # the role of a network that draws images
 MODES = ("off", "dry-run", "enforce")  # what follows from a gate's word
 FLOWS_OWN = {
     "unlearn": ("demonstration_rows",),
@@ -45,6 +46,15 @@ class Keep(MethodConfig):
 
     cache_gb: float = Field(20, gt=0, description="gigabytes of decoded images, and as many of older data versions")
     days: float = Field(90, gt=0, description="days that logs, and what a cache has not been asked for, are kept")
+
+
+class Erase(MethodConfig):
+    """Section `erase` of params.yaml."""
+
+    methods: tuple[str, ...] = Field((), description="methods that `auto` may choose from; none: that of section unlearn")
+    reference: bool = Field(True, description="retrain a reference beside each unlearned model, to measure forgetting against")
+    rules: dict[str, dict[str, Any]] = Field({}, description="by metric, what differs from the gate's rule where a version must go")
+    on_refusal: Literal["wait", "revoke"] = Field("wait", description="what becomes of a champion whose replacement the gate refuses")
 
 
 class NeedsRun(Exception):  # noqa: N818 (a signal, not an error)
@@ -114,6 +124,23 @@ class Session:
             raise UserError(f"{self.settings.params}: section '{family}:' must name its 'method:'")
         return catalog.card(f"{family}.{settings.pop('method')}").name, settings
 
+    def generator(self) -> tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]:
+        """The methods that train a generator and that unlearn it, each with its settings; the second's name is empty where none is named.
+
+        Raises UserError where params.yaml has no such section, or names no method that makes a generator.
+        """
+        found = read_params(self.settings).get("generator")
+        if not isinstance(found, dict) or "method" not in found:
+            raise UserError(f"{self.settings.params} describes no generator: add 'generator: {{method: diffusion}}'")
+        own = dict(found)
+        unlearn = own.pop("unlearn", None) or {"method": ""}
+        if not isinstance(unlearn, dict) or "method" not in unlearn:
+            raise UserError(f"{self.settings.params}: 'generator.unlearn' must name its 'method:', such as sfd")
+        name, other = f"train.{own.pop('method')}", unlearn["method"] and f"unlearn.{unlearn['method']}"
+        if catalog.get(name).makes != GENERATOR:
+            raise UserError(f"{self.settings.params}: {name} makes a classifier, no generator; train.diffusion makes one")
+        return (name, own), (catalog.card(other).name if other else "", {key: value for key, value in unlearn.items() if key != "method"})
+
     def check(self) -> None:
         """Raise UserError where params.yaml has a section or a method that there is not, or lacks one: before anything is started."""
         stage.seed(self.settings)
@@ -140,7 +167,13 @@ class Session:
             name, settings = self.method(family)
             if family == "train":
                 settings = {**self.params("recipe"), **settings}
+            if catalog.get(name).makes == GENERATOR:
+                raise UserError(f"{self.settings.params}: {name} makes a generator: its settings belong under 'generator:'")
             catalog.configure(name, {key: value for key, value in settings.items() if key not in FLOWS_OWN.get(family, ())})
+        if "generator" in read_params(self.settings):
+            for name, settings in self.generator():
+                if name:
+                    catalog.configure(name, settings)
         catalog.configure("unlearn.retrain", self.params("recipe"))
         catalog.configure("unlearn.finetune", self.params("references").get("finetune", {}))
 
@@ -243,3 +276,11 @@ def _step(plan: Plan) -> Done:
     here = session()
     page = flow_run_page(here.served)
     return run(here.settings, here.store, replace(plan, extra={**plan.extra, **({"retort.flow_run": page} if page else {})}))
+
+
+def erase_settings(here: Session) -> Erase:
+    """How this project erases. Raises UserError for a key that there is not."""
+    erase = configured(Erase, "erase", read_params(here.settings).get("erase") or {})
+    for name in erase.methods:
+        catalog.card(f"unlearn.{name}")
+    return erase

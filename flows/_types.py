@@ -10,8 +10,7 @@ Folders = Annotated[
     tuple[str, ...],
     Field(
         title="Data",
-        min_length=1,
-        description="Folders of the project: each as it is, one split of it as folder:split, or as it was as folder@revision",
+        description="Folders of the project: each as it is, one split as folder:split, or as it was as folder@revision; none: the usual",
     ),
 ]
 Folder = Annotated[str, Field(title="Data", min_length=1, description="A folder of the project, folder:split or folder@revision")]
@@ -20,6 +19,8 @@ Models = Annotated[
     tuple[str, ...],
     Field(title="Models", description="NAME@alias, NAME/version or NAME, each; none: the newest of each model of this data set"),
 ]
+Generator = Annotated[bool, Field(title="Generator", description="A network that draws images, by the section generator of params.yaml")]
+Erasing = Annotated[bool, Field(title="Erasing", description="By the rules for a version that takes the place of one that must go")]
 Name = Annotated[str, Field(title="Registered model", min_length=1)]
 Version = Annotated[int, Field(title="Version", ge=0, description="0: the newest")]
 Stages = Annotated[tuple[str, ...], Field(title="Stages", description="Names of stages in dvc.yaml; none: all")]

@@ -62,10 +62,10 @@ def curate(stages: Annotated[list[str] | None, typer.Argument(help="Stages of dv
 def train(
     data: Annotated[list[str] | None, typer.Option(help="Folder of the project, or folder@revision; may be repeated.")] = None,
     start: Annotated[str, typer.Option(help="Go on from this model: NAME@alias or NAME/version.")] = "",
+    generator: Annotated[bool, typer.Option("--generator", help="Train a generator of images, by the section generator.")] = False,
 ) -> None:
-    """Train a teacher."""
-    arguments: dict[str, Any] = {"data": tuple(data)} if data else {}
-    execute(lambda: _flow("train"), start=start, **arguments)
+    """Train a teacher, or a generator of images."""
+    execute(lambda: _flow("train"), data=tuple(data or ()), start=start, generator=generator)
 
 
 @app.command()
@@ -75,9 +75,12 @@ def distill(teacher: Annotated[str, typer.Option(help="NAME@alias or NAME/versio
 
 
 @app.command()
-def unlearn(model: Annotated[str, typer.Option(help="NAME@alias or NAME/version; default: the newest teacher.")] = "") -> None:
-    """Make a model forget a demonstration request, beside its references."""
-    execute(lambda: _flow("unlearn"), model=model)
+def unlearn(
+    model: Annotated[str, typer.Option(help="NAME@alias or NAME/version; default: the newest teacher.")] = "",
+    class_name: Annotated[str, typer.Option("--class", help="Forget this class; default: some rows drawn by the seed.")] = "",
+) -> None:
+    """Make a model forget a class or a demonstration request, beside its references."""
+    execute(lambda: _flow("unlearn"), model=model, class_name=class_name)
 
 
 @app.command()

@@ -28,14 +28,14 @@ Target = Annotated[str, Field(title="Registered model", description="Name that t
 
 
 @flow(name="combine")
-def combine(method: How, versions: Models = (), name: Target = "", data: Folders = DATA) -> Done:
+def combine(method: How, versions: Models = (), name: Target = "", data: Folders = ()) -> Done:
     """Make one model out of versions, and register it.
 
     method    `soups` averages fine-tuned ones, `stitching` joins a family of sizes, `stationary` trains one whose embeddings stay
               comparable with the given version's, or a first such one where none is given
     versions  `NAME@alias` or `NAME/version` each
     name      registered model; none: that of the first version
-    data      folders to train or re-estimate on; it is chosen by the validation rows of the pool
+    data      folders to train or re-estimate on; none: those that a teacher is trained on; it is chosen by the validation rows of the pool
     """
     here = session()
     models: dict[str, ModelRef] = {spec: find_model(spec) for spec in versions}
@@ -45,7 +45,7 @@ def combine(method: How, versions: Models = (), name: Target = "", data: Folders
     settings = dict((read_params(here.settings).get("combine") or {}).get(method) or {})
     inputs: Inputs = {
         "models": models,
-        "train": tuple(data_ref(here.settings, spec) for spec in data),
+        "train": tuple(data_ref(here.settings, spec) for spec in data or DATA),
         "choose": data_ref(here.settings, CHOOSE),
     }
     facts = {"versions": {spec: {"start": started_from(here.store, ref)} for spec, ref in models.items()}}

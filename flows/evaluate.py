@@ -12,7 +12,7 @@ from prefect import flow
 from flows._evidence import ABOUT, TEST
 from flows._registry import describe, find_model, model_name, run_of
 from flows._runs import shown
-from flows._session import session, step
+from flows._session import GENERATOR, session, step
 from flows._types import Folder, Models, Name, Version
 from flows.unlearn import Unlearned
 from tasks.core.errors import UserError
@@ -33,7 +33,7 @@ def evaluate(models: dict[str, ModelRef] | None = None, names: Models = (), data
     settings.pop("shifts", None)  # the gate's
     if models is None:
         mine = model_name("")
-        names = names or tuple(name for name in here.store.names() if name.startswith(mine))
+        names = names or tuple(name for name in here.store.names() if name.startswith(mine) and name != model_name(GENERATOR))
         if not names:
             raise UserError("there is no registered model to evaluate: make one with 'retort run' or 'retort train'")
         models = {name: find_model(name) for name in names}

@@ -22,7 +22,7 @@ from flows import _forget
 from flows._descent import plain
 from flows._registry import model_name
 from flows._runs import CERTIFIED, RECEIVED, STEP_SECONDS, emit, shown
-from flows._session import NeedsRun, Session, call, session
+from flows._session import NeedsRun, Session, call, erase_settings, session
 from flows._types import Class, Concept, Condition, Path, Policy, Reason
 from flows.curate import curate, follow, versions
 from tasks.core import erased, refs
@@ -96,7 +96,7 @@ def select(here: Session, samples_file: str, where: str, class_name: str, concep
 
 def receive(here: Session, selection: Selection, policy: str, reason: str) -> Request:
     """Write a request down and say so. Raises UserError for settings under which it could not be done."""
-    _forget.settings_of(here)
+    erase_settings(here)
     request = requests.receive(here.settings, here.store, selection, policy, reason)
     emit(here, RECEIVED, f"request.{request.id}", request=request.id, samples=request.samples)
     return request
@@ -200,7 +200,7 @@ def _erase(here: Session, batch: list[Request], count: Any) -> bool:
 
 def _replace(here: Session, batch: Sequence[Request], key: str, found: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """Replace each version that serves. Gives the facts of what was done, and what the request must wait for, if anything."""
-    scenario = "class" if {one.kind for one in batch} == {"class"} else "samples"
+    scenario = _forget.scenario_of(one.kind for one in batch)
     outcomes: list[dict[str, Any]] = []
     replaced: dict[str, ModelRef | None] = {model["ref"]["model_id"]: None for model in found["models"]}
     for target in (_forget.Target(**one) for one in found["targets"]):
@@ -211,7 +211,7 @@ def _replace(here: Session, batch: Sequence[Request], key: str, found: Mapping[s
             words = f"{target.name}/{target.version} {outcome['action']}: version {outcome['replaced_by']}, gate {outcome['gate']}"
             here.record("forget", outcome["method"], False, 0.0, words)
     refused = [one for one in outcomes if one["gate"].startswith("refused")]
-    if not refused or _forget.settings_of(here).on_refusal == "revoke":
+    if not refused or erase_settings(here).on_refusal == "revoke":
         return outcomes, ""
     first = refused[0]
     return outcomes, (
@@ -231,7 +231,8 @@ def _found(here: Session, batch: Sequence[Request], traces: Traces) -> dict[str,
             "images": sorted(salted(image, salt).hex() for image in own.images),
         }
     found = plain(carriers(here.settings, here.store, traces.ids))
-    goals = [one.model_dump() for one in _forget.targets(here, found["models"], policy_of(batch))]
+    scenario = _forget.scenario_of(one.kind for one in batch)
+    goals = [one.model_dump() for one in _forget.targets(here, found["models"], policy_of(batch), scenario)]
     return {**found, "targets": goals, "before": versions(here.settings), "samples": samples}
 
 

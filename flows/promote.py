@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date
 from typing import Any
@@ -20,8 +21,8 @@ from prefect.cache_policies import NO_CACHE
 from flows import _evidence, _promotion
 from flows._registry import describe, find_model
 from flows._runs import HOUR, PROMOTED, REFUSED, emit, one_at_a_time, shown
-from flows._session import NeedsRun, session
-from flows._types import Name, Version
+from flows._session import NeedsRun, erase_settings, session
+from flows._types import Erasing, Name, Version
 from tasks.core import catalog
 from tasks.core.errors import UserError
 from tasks.core.page import render_verdict
@@ -30,19 +31,20 @@ from tasks.registry import Decision, Offer, Rule
 
 
 @flow(name="promote")
-def promote(name: Name, version: Version = 0) -> dict[str, Any]:
+def promote(name: Name, version: Version = 0, erasing: Erasing = False) -> dict[str, Any]:
     """Offer a version of a registered model for promotion.
 
     name     registered model
     version  its version; 0: the newest
+    erasing  by the rules for a version that takes the place of one that must go: where `erase.rules` differ, they count
     """
     here = session()
     with one_at_a_time(here, name), shown(here, 1):
-        return offer(name, version)
+        return offer(name, version, erase_settings(here).rules if erasing else {})
 
 
-def offer(name: str, version: int) -> dict[str, Any]:
-    """Measure what the gate asks for, have it decide, and say what came of it."""
+def offer(name: str, version: int, differing: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Measure what the gate asks for, have it decide, and say what came of it. `differing`: by metric, what replaces a part of its rule."""
     here = session()
     store, began = here.store, time.perf_counter()
     number = version or store.newest(name) or _missing(name)
@@ -64,6 +66,9 @@ def offer(name: str, version: int) -> dict[str, Any]:
             models[_evidence.CHAMPION] = other
     gate, rules = here.method("registry")
     mode = rules.pop("mode", "enforce")
+    if differing:
+        known = rules.get("rules") or {}
+        rules["rules"] = {**known, **{metric: {**known.get(metric, {}), **own} for metric, own in differing.items()}}
     runs = _evidence.gather(models, rules)
     found = there.tags.get("retort.verdict")
     verdict = json.loads(found) if found else {}

@@ -1,7 +1,8 @@
-"""Train: a teacher on filtered and generated data.
+"""Train: a teacher on filtered and generated data, or a generator on filtered data.
 
-Consumes  data/filtered, the trusted reference rows of data/pool, data/generated, and the sections `recipe` and `train` of params.yaml
-Produces  a model, registered as the next version of `<data set>-teacher`
+Consumes  data/filtered, the trusted reference rows of data/pool, data/generated, and the sections `recipe` and `train`, or `generator`, of
+          params.yaml
+Produces  a model, registered as the next version of `<data set>-teacher` or `<data set>-generator`
 Started   by `retort run`, `retort train`, or a schedule
 """
 
@@ -11,33 +12,39 @@ from prefect import flow
 
 from flows._registry import find_model, model_name, register, run_of
 from flows._runs import TRAINED, alone, emit, one_at_a_time, shown
-from flows._session import session, step
-from flows._types import Folders, Model
+from flows._session import GENERATOR, session, step
+from flows._types import Folders, Generator, Model
 from tasks.core.refs import data_ref
 from tasks.core.step import Done, Inputs, Plan
 
 DATA = ("data/filtered", "data/pool:reference", "data/generated")
+REAL = ("data/filtered", "data/pool:reference")
 
 
 @flow(name="train")
-def train(data: Folders = DATA, start: Model = "") -> Done:
+def train(data: Folders = (), start: Model = "", generator: Generator = False) -> Done:
     """Train the method that params.yaml names.
 
-    data   folders of the project: each as it is, one split of it as `folder:split`, or as it was as `folder@revision`
-    start  a model to go on from: `NAME@alias` or `NAME/version`; none: from scratch
+    data       folders of the project: each as it is, one split of it as `folder:split`, or as it was as `folder@revision`; none: what
+               stands at the top
+    start      a model to go on from: `NAME@alias` or `NAME/version`; none: from scratch
+    generator  train a network that draws images, by the section `generator`, on real rows
     """
     here = session()
-    name = model_name("teacher")
+    role = GENERATOR if generator else "teacher"
+    name = model_name(role)
+    data = data or (REAL if generator else DATA)
     with one_at_a_time(here, name), shown(here, 1):
-        method, settings = here.method("train")
+        method, settings = here.generator()[0] if generator else here.method("train")
+        settings = settings if generator else {**here.params("recipe"), **settings}
         inputs: Inputs = {"data": tuple(data_ref(here.settings, spec) for spec in data)}
         if start:
             inputs = {**inputs, "start": find_model(start)}
-        done = step(Plan("teacher", method, {**here.params("recipe"), **settings}, inputs, here.seed))
+        done = step(Plan(role, method, settings, inputs, here.seed))
         version = register(name, done)
         words = f"version {version}, {done.figures['parameters']:,.0f} parameters"
         here.record("train", method, done.cached, done.seconds, words, run_of(done))
-        if not done.cached and alone():
+        if not done.cached and alone() and not generator:  # what answers measures classifiers
             emit(here, TRAINED, f"model.{name}", name=name, version=version)
     return done
 

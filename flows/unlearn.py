@@ -1,7 +1,8 @@
 """Unlearn: make a model forget the samples of a request, beside the references that show how well it did.
 
 Consumes  a model out of the registry, the data it was trained on, and the ids of a request
-Produces  the unlearned model, registered as the next version; a retrained and a fine-tuned reference, logged but not registered
+Produces  the unlearned model, registered as the next version; a retrained and, of a classifier, a fine-tuned reference, logged but not
+          registered
 Started   by `retort run`, `retort unlearn`, or a deletion request
 """
 
@@ -13,9 +14,9 @@ from prefect import flow
 
 from flows._registry import find_model, model_name, register, run_of
 from flows._runs import one_at_a_time, shown
-from flows._session import session, step
-from flows._types import Folders, Model, Request
-from flows.train import DATA
+from flows._session import GENERATOR, session, step
+from flows._types import Class, Folders, Model, Request
+from flows.train import DATA, REAL
 from tasks.core.errors import UserError
 from tasks.core.refs import DataRef, ModelRef, data_ref, open_data, write_request
 from tasks.core.step import Done, Inputs, Plan
@@ -36,22 +37,29 @@ class Unlearned:
 
 
 @flow(name="unlearn")
-def unlearn(request: Request = DEMONSTRATION, model: Model = "", data: Folders = DATA) -> Unlearned:
+def unlearn(request: Request = DEMONSTRATION, model: Model = "", data: Folders = (), class_name: Class = "") -> Unlearned:
     """Unlearn with the method that params.yaml names; `retrain` and `finetune` run beside it as references.
 
-    request  id of a stored request, or `demonstration`: some training rows drawn by the seed
-    model    `NAME@alias` or `NAME/version`; none: the newest version of the project's teacher that was trained
-    data     the folders that the model was trained on
+    request     id of a stored request, or `demonstration`: some training rows drawn by the seed
+    model       `NAME@alias` or `NAME/version`; none: the newest version of the project's teacher that was trained
+    data        the folders that the model was trained on; none: those that its kind is trained on
+    class_name  all rows of this class instead of a request
     """
     here = session()
-    method, settings = here.method("unlearn")
+    original = find_model(model) if model else _newest_trained()
+    generator = here.store.role(original) == GENERATOR
+    name = model_name(GENERATOR if generator else "teacher")
+    method, settings = here.generator()[1] if generator else here.method("unlearn")
+    if not method:
+        raise UserError(f"{here.settings.params}: 'generator.unlearn' must name the method that makes {model} forget, such as sfd")
     draw = settings.pop("demonstration_rows", 10)
     if not isinstance(draw, int) or draw < 1:
         raise UserError(f"{here.settings.params}: 'unlearn.demonstration_rows' must be a whole number of 1 or more, not {draw!r}")
-    whole = tuple(data_ref(here.settings, spec) for spec in data)
-    if request == DEMONSTRATION:
+    whole = tuple(data_ref(here.settings, spec) for spec in data or (REAL if generator else DATA))
+    if class_name:
+        request = _of_class(whole, class_name)
+    elif request == DEMONSTRATION:
         request = _draw(whole, draw, here.seed)
-    original = find_model(model) if model else _newest_trained()
     forget = tuple(ref.model_copy(update={"only": request}) for ref in whole)
     retain = tuple(ref.model_copy(update={"without": request}) for ref in whole)
     inputs: Inputs = {"model": original, "forget": forget, "retain": retain}
@@ -62,15 +70,30 @@ def unlearn(request: Request = DEMONSTRATION, model: Model = "", data: Folders =
         here.record("unlearn", name, done.cached, done.seconds, f"{done.seconds:.1f} s in the method", run_of(done))
         return done
 
-    name = model_name("teacher")
-    with one_at_a_time(here, name), shown(here, 3):
+    with one_at_a_time(here, name), shown(here, 2 if generator else 3):
         chosen = do("unlearned", method, settings)
-        references = {
-            "retrain": do("retrained", "unlearn.retrain", here.params("recipe")),
-            "finetune": do("finetuned", "unlearn.finetune", dict(here.params("references").get("finetune") or {})),
-        }
+        if generator:
+            train, how = here.generator()[0]
+            references = {"retrain": step(Plan("retrained", train, how, {"data": retain}, here.seed, extra))}
+        else:
+            references = {
+                "retrain": do("retrained", "unlearn.retrain", here.params("recipe")),
+                "finetune": do("finetuned", "unlearn.finetune", dict(here.params("references").get("finetune") or {})),
+            }
         register(name, chosen)
     return Unlearned(request, original, chosen, references, forget, retain)
+
+
+def _of_class(refs: tuple[DataRef, ...], name: str) -> str:
+    """A request for all rows of a class. Raises UserError where there is no such class, or no row of it."""
+    here = session()
+    data = open_data(here.settings, *refs)
+    if name not in data.info.classes:
+        raise UserError(f"there is no class {name!r}; there are: {', '.join(data.info.classes)}")
+    rows = data.where(data.labels() == data.info.classes.index(name))
+    if len(rows) == 0:
+        raise UserError(f"class {name!r} has no row in {', '.join(ref.path for ref in refs)}")
+    return write_request(here.settings, rows.ids())
 
 
 def _draw(refs: tuple[DataRef, ...], rows: int, seed: int) -> str:

@@ -35,6 +35,7 @@ def smoke_params() -> dict[str, Any]:
     params["recipe"] = {"steps": 60, "lr": 0.05}
     params["references"]["finetune"] = catalog.get("unlearn.finetune").smoke.model_dump(mode="json")
     params["find"] = catalog.get("registry.know2vec").smoke.model_dump(mode="json")
+    params["erase"]["rules"] = {"accuracy": {"min_delta": -0.2}}
     params["registry"]["rules"] = {"accuracy": {"min": 0.05, "min_delta": -0.02}, "ece": {"max": 1.0}}
     return params
 
@@ -62,7 +63,7 @@ def write_params(folder: Path, params: dict[str, Any]) -> None:
 def change(folder: Path, section: str, **keys: object) -> None:
     """Set keys of a section of the project's params.yaml."""
     params = yaml.safe_load((folder / "params.yaml").read_text())
-    params[section].update(keys)
+    params.setdefault(section, {}).update(keys)
     write_params(folder, params)
 
 

@@ -69,6 +69,7 @@ class Card:
     data: Mapping[str, str]
     sources: tuple[Source, ...]
     parents: tuple[str, ...]
+    draws: bool = False  # it draws images, and tells none apart
     request: str = ""
     flow_run: str = ""
     figures: Mapping[str, Figure] = field(default_factory=dict)
@@ -81,6 +82,8 @@ class Card:
         some = ", ".join(self.classes[:12]) + (f" and {len(self.classes) - 12} more" if len(self.classes) > 12 else "")
         size = "x".join(map(str, self.shape[1:]))
         kind = "grey" if self.shape[0] == 1 else "colour"
+        if self.draws:
+            return f"Draws {kind} images of {size} pixels, of {len(self.classes)} classes: {some}."
         return f"Tells {len(self.classes)} classes of {kind} images of {size} pixels apart: {some}."
 
     @property
@@ -92,6 +95,11 @@ class Card:
     def use(self) -> str:
         """How any client loads and asks it."""
         shape = ", ".join(map(str, self.shape))
+        if self.draws:
+            return (
+                f'model = mlflow.pyfunc.load_model("models:/{self.name}/{self.version}")\n'
+                f"model.predict(labels, params={{'seed': 0}})   # int64 (N,) in, uint8 (N, {shape}) out"
+            )
         return (
             f'model = mlflow.pyfunc.load_model("models:/{self.name}/{self.version}")\n'
             f"model.predict(images)   # uint8 (N, {shape}) in, class probabilities (N, {len(self.classes)}) out"
@@ -100,6 +108,8 @@ class Card:
 
 def gather(settings: Settings, store: Store, name: str, version: int) -> Card:
     """The card of a version. Raises UserError where there is no such version."""
+    from tasks.core import networks
+
     ref = store.version_ref(name, version)
     found = store.version(name, version)
     run = store.client.get_run(ref.run_id)
@@ -131,6 +141,7 @@ def gather(settings: Settings, store: Store, name: str, version: int) -> Card:
         data=data,
         sources=sources,
         parents=tuple(_parents(store, inputs)),
+        draws=networks.draws(arch),
         request=tags.get("retort.request", ""),
         flow_run=tags.get("retort.flow_run", ""),
         figures=evidence.figures[where] if evidence else {},

@@ -25,6 +25,7 @@ TASKS = Path(__file__).resolve().parent.parent
 ROOT = TASKS.parent
 NOT_FAMILIES = {"core", "pool"}
 PACKAGES = ("tasks", "flows", "tests")  # first-party: what a closure follows
+CLASSIFIER, ANY = "classifier", "any"  # kinds of network that a method takes
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,18 @@ class Card:
 
 @dataclass(frozen=True)
 class Method:
-    """A method, imported: its card, its entry, its `Config` class and its `SMOKE` setting."""
+    """A method, imported: its card, its entry, its `Config` class and its `SMOKE` setting.
+
+    takes  the kind of network that comes in: `classifier`, `any`, or the kind of a generator, as the module's `TAKES` says
+    makes  the role of the network that comes out, where the module's `MAKES` names one: `generator`
+    """
 
     card: Card
     entry: Any
     config: Any
     smoke: Any
+    takes: str = CLASSIFIER
+    makes: str = ""
 
 
 def families() -> list[str]:
@@ -91,7 +98,8 @@ def get(name: str) -> Method:
     missing = [part for part in ("Config", "SMOKE", short) if not hasattr(module, part)]
     if missing:
         raise ImportError(f"{found.path}: a method needs {', '.join(missing)}")
-    return Method(found, getattr(module, short), module.Config, module.SMOKE)
+    takes, makes = getattr(module, "TAKES", CLASSIFIER), getattr(module, "MAKES", "")
+    return Method(found, getattr(module, short), module.Config, module.SMOKE, takes, makes)
 
 
 def configure(name: str, settings: dict[str, Any]) -> Any:

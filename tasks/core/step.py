@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core import catalog, seen
+from tasks.core.catalog import ANY, CLASSIFIER
+from tasks.core.errors import UserError
 from tasks.core.refs import DataRef, EvidenceRef, ModelRef, Ref, open_data
 from tasks.core.settings import Settings
 from tasks.core.store import Store
@@ -144,28 +146,40 @@ def _note(store: Store, run_id: str, tag: str, file: str, ids: Iterable[str]) ->
     store.client.set_tag(run_id, tag, seen.digest(keys))
 
 
+def _net(store: Store, ref: Any, plan: Plan) -> Any:
+    """A network out of the store. Raises UserError where it is not of the kind that the method takes."""
+    from tasks.core import networks
+
+    net, takes = store.load_net(ref), catalog.get(plan.method).takes
+    if takes not in (ANY, net.arch["kind"] if networks.draws(net.arch) else CLASSIFIER):
+        names = ", ".join(f"{name}/{version}" for name, version in store.versions_of(ref)) or ref.model_id
+        what = "a diffusion model, which draws images" if networks.draws(net.arch) else "a classifier"
+        raise UserError(f"{names} is {what} ({net.arch['kind']}); {plan.method} takes a model of kind {takes}")
+    return net
+
+
 def _train(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:
     rows = open_data(settings, *_data(plan, "data"))
-    start = next((store.load_net(ref) for ref in (_models(plan, "start") if "start" in plan.inputs else [])), None)
+    start = next((_net(store, ref, plan) for ref in (_models(plan, "start") if "start" in plan.inputs else [])), None)
     return _make_model(settings, store, plan, run_id, rows, lambda: method.entry(rows, cfg, start=start, seed=plan.seed))
 
 
 def _distill(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:
     rows = open_data(settings, *_data(plan, "data"))
-    teachers = [store.load_net(ref) for ref in _models(plan, "teachers")]
+    teachers = [_net(store, ref, plan) for ref in _models(plan, "teachers")]
     return _make_model(settings, store, plan, run_id, rows, lambda: method.entry(teachers, rows, cfg, seed=plan.seed))
 
 
 def _unlearn(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:
     forget, retain = open_data(settings, *_data(plan, "forget")), open_data(settings, *_data(plan, "retain"))
-    (model,) = (store.load_net(ref) for ref in _models(plan, "model"))
+    (model,) = (_net(store, ref, plan) for ref in _models(plan, "model"))
     return _make_model(settings, store, plan, run_id, retain, lambda: method.entry(model, forget, retain, cfg, seed=plan.seed), forget)
 
 
 def _evaluate(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:
     from tasks.core.dataset import write_parquet
 
-    models = {name: store.load_net(ref) for name, ref in dict(plan.inputs["models"]).items()}  # type: ignore[call-overload,arg-type]
+    models = {name: _net(store, ref, plan) for name, ref in dict(plan.inputs["models"]).items()}  # type: ignore[call-overload,arg-type]
     data = {role: open_data(settings, *_data(plan, role)) for role in plan.inputs if role != "models"}
     began = time.perf_counter()
     evidence = method.entry(models, data, cfg, seed=plan.seed)
@@ -184,7 +198,7 @@ def _registry(settings: Settings, store: Store, plan: Plan, method: Any, cfg: An
     """Only the methods that make a model are steps; rankings and decisions are asked for directly."""
     from tasks.core.offer import Offer
 
-    nets = {name: store.load_net(ref) for name, ref in dict(plan.inputs["models"]).items()}  # type: ignore[call-overload,arg-type]
+    nets = {name: _net(store, ref, plan) for name, ref in dict(plan.inputs["models"]).items()}  # type: ignore[call-overload,arg-type]
     data = {role: open_data(settings, *_data(plan, role)) for role in plan.inputs if role != "models"}
     offer = Offer(nets, data, facts=plan.facts)
     return _make_model(settings, store, plan, run_id, data["train"], lambda: method.entry(offer, cfg, seed=plan.seed))

@@ -147,28 +147,13 @@ class Store:
     def log_net(self, run_id: str, net: Any, *, name: str, classes: Sequence[str], tags: Mapping[str, str]) -> ModelRef:
         """Store a network as an MLflow model that any client can serve without this package."""
         import mlflow.pyfunc
-        import numpy as np
-        from mlflow.models import Model, ModelSignature
-        from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
-        from safetensors.torch import save_file
+        from mlflow.models import Model
 
-        from tasks.core import networks
+        from tasks.core import served
 
-        shape = tuple(net.arch["shape"])
-        # a network with several paths: each request may name its own
-        point = [ParamSpec("point", DataType.long, int(net.arch["point"]))] if "points" in net.arch else []
-        signature = ModelSignature(
-            params=ParamSchema(point) if point else None,  # type: ignore[arg-type]
-            inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, *shape))]),
-            outputs=Schema([TensorSpec(np.dtype("float32"), (-1, int(net.arch["classes"])))]),
-        )
         with tempfile.TemporaryDirectory() as folder:
-            weights, arch, entry = Path(folder, "weights.safetensors"), Path(folder, "arch.json"), Path(folder, "model_entry.py")
-            save_file({key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}, weights)
-            arch.write_text(json.dumps({**net.arch, "class_names": list(classes)}), encoding="utf-8")
-            source = Path(networks.__file__).read_text(encoding="utf-8")
-            entry.write_text(source + "\n\n" + Path(__file__).with_name("_model_entry.py").read_text(encoding="utf-8"), encoding="utf-8")
-            sha256 = _sha256(weights)
+            packed = served.pack(net, classes, Path(folder))
+            sha256 = _sha256(Path(packed["artifacts"]["weights"]))
             made = self.client.create_logged_model(self.experiment(), name, run_id, tags={**tags, "retort.sha256": sha256})
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it asks for type hints that would shut out tensors
@@ -178,14 +163,17 @@ class Store:
                     name=name,
                     run_id=run_id,
                     model_id=made.model_id,
-                    python_model=str(entry),
-                    artifacts={"weights": str(weights), "arch": str(arch)},
-                    signature=signature,
-                    # made of noise: an example of real rows would keep them alive in every copy of the model
-                    input_example=np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8),
-                    pip_requirements=["torch", "safetensors", "numpy", "mlflow"],
+                    **packed,
                 )
         return ModelRef(model_id=made.model_id, run_id=run_id, sha256=sha256)
+
+    def role(self, ref: ModelRef) -> str:
+        """The role that a model was made for, such as `teacher`; of an unlearned or retrained one that of the model that it replaces."""
+        tags = self.client.get_run(ref.run_id).data.tags
+        before = json.loads(tags.get("retort.inputs", "{}")).get("model")
+        if before is None:
+            return str(tags.get("retort.role", ""))
+        return self.role(ModelRef(**{key: value for key, value in before.items() if key != "kind"}))
 
     def has_net(self, ref: ModelRef) -> bool:
         """Whether a model's weights are still there, where they are files of this machine; elsewhere they are taken to be."""
@@ -353,24 +341,18 @@ class Store:
         return self.settings.owns_store
 
     def smoke_check(self, name: str, alias: str) -> None:
-        """Load a version through the registry as any client would and have it answer two images of noise.
-
-        Raises UserError where it does not load or does not answer with a probability for each class.
-        """
+        """Load a version through the registry as any client would and have it answer. Raises UserError where it does not."""
         import mlflow
-        import numpy as np
+
+        from tasks.core import served
 
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it asks for type hints that would shut out tensors
                 model = mlflow.pyfunc.load_model(f"models:/{name}@{alias}")
-            spec = model.metadata.get_input_schema().inputs[0]
-            images = np.random.default_rng(0).integers(0, 256, (2, *spec.shape[1:]), dtype=np.uint8)
-            answer = np.asarray(model.predict(images))
+            served.check_answer(model)
         except Exception as error:  # whatever a client would meet
             raise UserError(f"it cannot be served: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
-        if answer.ndim != 2 or len(answer) != 2 or not np.allclose(answer.sum(1), 1, atol=1e-3):
-            raise UserError(f"it answers two images with {answer.tolist()}, which are no class probabilities")
 
     def version_ref(self, name: str, version: int | str) -> ModelRef:
         """The model that a version or an alias stands for. Raises UserError that lists what there is."""

@@ -234,6 +234,19 @@ def lineage(place: Path) -> None:
     show("what a model saw, a million ids", f"{(folder / seen.FILE).stat().st_size / 1e6:.2f} MB", "5 MB or less")
 
 
+def erasure(place: Path) -> None:
+    """A request for 50 samples of the main job's data, from the command to the certificate."""
+    import pyarrow.parquet as pq
+
+    folder = workspace.make(place / "erasure", full_size())
+    timed([PYTHON, "-m", "flows.cli", "run"], folder)
+    judged = pq.read_table(folder / "data" / "filtered", columns=["sample_id", "kept"]).to_pylist()
+    (folder / "ids.txt").write_text("\n".join([row["sample_id"] for row in judged if row["kept"]][:50]))
+    seconds = timed([PYTHON, "-m", "flows.cli", "forget", "--samples", "ids.txt"], folder)
+    certified = len(list((folder / ".retort" / "certificates").glob("*.json")))
+    show(f"erasure of 50 samples of the digits, end to end ({certified} certificate)", f"{seconds:.0f} s", "120 s or less")
+
+
 def question_alone(folder: Path, imports: str, question: str) -> float:
     """Median seconds of three askings, each in a process of its own that has imported mlflow and torch and opened the store."""
     code = (
@@ -296,6 +309,7 @@ ALL: dict[str, Callable[[Path], None]] = {
     "concurrent": concurrent,
     "registry": registry,
     "lineage": lineage,
+    "erasure": erasure,
 }
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,18 @@ def small_net(data: Dataset, seed: int, shift: float = 0.0) -> Net:
         net = networks.convnet(data.info.shape, len(data.info.classes), widths=(8, 8), hidden=16, mean=0.3, std=0.3)
         net.head.bias[0] += shift
     return net
+
+
+def small_denoiser(data: Dataset, kind: str) -> Net:
+    """A diffusion model that has learnt nothing."""
+    classes = len(data.info.classes)
+    arch = {"kind": kind, "shape": list(data.info.shape), "classes": classes, "mean": 0.0, "std": 1.0, "levels": 8, "one_step": None}
+    own: dict[str, Any] = {"backbone": "mlp", "hidden": 16, "depth": 1, "betas": [0.01, 0.2]}
+    if kind == "text_denoiser":
+        prompts = [f"a photo of {name}" for name in data.info.classes]
+        own = {"prompts": prompts, "words": [], "channels": 8, "spare": 4, "prediction": "v_prediction", "betas": "cosine"}
+    with loop.seeded(1):
+        return networks.build({**arch, **own}).eval()
 
 
 def evidence_for(data: Dataset) -> Evidence:
@@ -79,6 +92,9 @@ def run(name: str, data: Dataset, seed: int) -> Any:
         return call(train, cfg, seed=seed)
     if family == "distill":
         return call([small_net(data, 1)], train + reference.without_labels(), cfg, seed=seed)
+    if family == "unlearn" and method.takes != catalog.CLASSIFIER:
+        fives = train.labels() == 5
+        return call(small_denoiser(data, method.takes), train.where(fives), train.where(~fives), cfg, seed=seed)
     if family == "unlearn":
         return call(small_net(data, 1), train.take(np.arange(10)), train.take(np.arange(10, len(train))), cfg, seed=seed)
     if family == "evaluate":
@@ -199,14 +215,17 @@ def test_smallest_run_keeps_the_contract(name: str, tiny: Dataset, monkeypatch: 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(("distill.", "unlearn.", "evaluate.", "registry."))])
 def test_models_that_come_in_are_left_as_they_were(name: str, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Net, bytes]] = []
-    original = small_net
 
-    def remembered(data: Dataset, seed: int, shift: float = 0.0) -> Net:
-        net = original(data, seed, shift)
-        made.append((net, as_bytes(net)))
-        return net
+    def remembering(build: Callable[..., Net]) -> Callable[..., Net]:
+        def remembered(*args: Any, **kwargs: Any) -> Net:
+            net = build(*args, **kwargs)
+            made.append((net, as_bytes(net)))
+            return net
 
-    monkeypatch.setitem(globals(), "small_net", remembered)
+        return remembered
+
+    for build in (small_net, small_denoiser):
+        monkeypatch.setitem(globals(), build.__name__, remembering(build))
     result = run(name, tiny, seed=0)
     assert made
     for net, content in made:
