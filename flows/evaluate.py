@@ -7,6 +7,9 @@ Started   by `retort run`, `retort evaluate`, or a schedule
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from prefect import flow
 
 from flows._evidence import ABOUT, TEST
@@ -14,9 +17,10 @@ from flows._registry import describe, find_model, model_name, run_of
 from flows._runs import shown
 from flows._session import GENERATOR, session, step
 from flows._types import Folder, Models, Name, Version
-from flows.unlearn import Unlearned
+from flows.unlearn import Unlearned, newest_trained
+from tasks.core.card import DRAWINGS
 from tasks.core.errors import UserError
-from tasks.core.refs import EvidenceRef, ModelRef, Ref, data_ref
+from tasks.core.refs import DataRef, EvidenceRef, ModelRef, Ref, data_ref
 from tasks.core.step import Done, Inputs, Plan, read_evidence
 
 
@@ -33,10 +37,16 @@ def evaluate(models: dict[str, ModelRef] | None = None, names: Models = (), data
     settings.pop("shifts", None)  # the gate's
     if models is None:
         mine = model_name("")
-        names = names or tuple(name for name in here.store.names() if name.startswith(mine) and name != model_name(GENERATOR))
+        names = names or tuple(name for name in here.store.names() if name.startswith(mine))
         if not names:
             raise UserError("there is no registered model to evaluate: make one with 'retort run' or 'retort train'")
         models = {name: find_model(name) for name in names}
+    drawing = {name: ref for name, ref in models.items() if here.store.role(ref) == GENERATOR}
+    if drawing:
+        done = evaluate_generators(drawing, data)
+        models = {name: ref for name, ref in models.items() if name not in drawing}
+        if not models:
+            return done
     test = data_ref(here.settings, data)
     with shown(here, 1):
         done = step(Plan("evidence", method, settings, {"models": models, "test": test}, here.seed))
@@ -47,6 +57,29 @@ def evaluate(models: dict[str, ModelRef] | None = None, names: Models = (), data
         for ref in models.values() if not done.cached else ():
             for name, version in here.store.versions_of(ref):
                 describe(name, version)
+    return done
+
+
+def evaluate_generators(models: dict[str, ModelRef], data: str) -> Done:
+    """Have the teacher judge what models draw; of a class that one of them forgot, how much of it is left."""
+    here = session()
+    inputs: dict[str, Any] = {"models": {**models, "judge": newest_trained()}, "test": data_ref(here.settings, data)}
+    runs = [json.loads(here.store.client.get_run(ref.run_id).data.tags["retort.inputs"]) for ref in models.values()]
+    if forgot := [run["forget"] for run in runs if "forget" in run]:
+        inputs["forget"] = tuple(DataRef(**{key: value for key, value in found.items() if key != "kind"}) for found in forgot[0])
+    with shown(here, 1):
+        done = step(Plan(DRAWINGS, "evaluate.generation", {}, inputs, here.seed))
+        assert isinstance(done.ref, EvidenceRef)
+        figures = read_evidence(here.store, done.ref).figures
+        told = [
+            f"{name} {figures[name]['class_accuracy'].value:.1%} of its kind"
+            + (f", {figures[name]['ua'].value:.0f}% of the forgotten class are not" if "ua" in figures[name] else "")
+            for name in models
+        ]
+        here.record("evaluate", "evaluate.generation", done.cached, done.seconds, "; ".join(told), run_of(done))
+    for ref in models.values() if not done.cached else ():
+        for name, version in here.store.versions_of(ref):
+            describe(name, version)
     return done
 
 

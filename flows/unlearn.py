@@ -46,7 +46,7 @@ def unlearn(request: Request = DEMONSTRATION, model: Model = "", data: Folders =
     class_name  all rows of this class instead of a request
     """
     here = session()
-    original = find_model(model) if model else _newest_trained()
+    original = find_model(model) if model else newest_trained()
     generator = here.store.role(original) == GENERATOR
     name = model_name(GENERATOR if generator else "teacher")
     method, settings = here.generator()[1] if generator else here.method("unlearn")
@@ -109,7 +109,8 @@ def _draw(refs: tuple[DataRef, ...], rows: int, seed: int) -> str:
     return write_request(here.settings, data.take(chosen).ids())
 
 
-def _newest_trained() -> ModelRef:
+def newest_trained() -> ModelRef:
+    """The newest teacher that was trained, and not unlearned; else the newest of them."""
     here = session()
     name = model_name("teacher")
     known = [found for found in here.store.versions(name) if found.tags.get("revoked", "false") == "false"]

@@ -23,7 +23,8 @@ from tasks.core.refs import DataRef, EvidenceRef, ModelRef, info_of
 from tasks.core.settings import Settings
 from tasks.core.store import Store
 
-PERCENT = ("accuracy", "worst_class_accuracy", "shifted_accuracy", "worst_shift_accuracy")
+PERCENT = ("accuracy", "class_accuracy", "worst_class_accuracy", "shifted_accuracy", "worst_shift_accuracy")
+DRAWINGS = "drawings"  # the role of evidence on what models draw
 WORDS = {
     "ece": "calibration error",
     "latency_ms_b1": "latency of 1 image, ms",
@@ -33,6 +34,10 @@ WORDS = {
 BEWARE = (
     "It always answers with one of its classes, also for images that show none of them.",
     "Figures are of the test rows named here; on images from elsewhere nothing is known unless a shift is listed.",
+)
+BEWARE_DRAWING = (
+    "What it draws may come near to rows that it was trained on.",
+    "Figures are what a classifier says of its images, and their distance to the test rows named here.",
 )
 
 
@@ -87,6 +92,11 @@ class Card:
         return f"Tells {len(self.classes)} classes of {kind} images of {size} pixels apart: {some}."
 
     @property
+    def beware(self) -> tuple[str, ...]:
+        """What whoever uses it should know."""
+        return BEWARE_DRAWING if self.draws else BEWARE
+
+    @property
     def licence(self) -> str:
         """The licences of all the data that it was made from."""
         return "; ".join(dict.fromkeys(source.licence or "not known" for source in self.sources)) or "not known"
@@ -118,7 +128,7 @@ def gather(settings: Settings, store: Store, name: str, version: int) -> Card:
     arch = store.arch(ref)
     inputs = json.loads(tags.get("retort.inputs", "{}"))
     data, sources = _data(settings, inputs)
-    evidence, where = _evidence(store, ref)
+    evidence, where = _evidence(store, ref, DRAWINGS if networks.draws(arch) else "%evidence")
     aliases = store.aliases(name)
     return Card(
         name=name,
@@ -167,7 +177,10 @@ def markdown(card: Card) -> str:
     lines += [f"- {WORDS.get(k, k.replace('_', ' '))}: {write(k, v)}" for k, v in card.figures.items()] or ["Not measured yet."]
     if card.verdict:
         lines += ["", f"Gate: {'passed' if card.verdict['promote'] else 'refused'}: {card.verdict['reason']}"]
-    lines += ["## Limits", *(f"- {line}" for line in (*BEWARE, *([card.limits] if card.limits else [])))]
+    lines += [
+        "## Limits",
+        *(f"- {line}" for line in (*card.beware, *([card.limits] if card.limits else []))),
+    ]
     lines += ["## How it was made", f"{card.method}, seed {card.seed}, revision {card.revision or 'not known'}, {card.made_at}."]
     lines += [f"Flow run: {card.flow_run}"] if card.flow_run else []
     return "\n".join(lines) + "\n"
@@ -210,11 +223,11 @@ def _parents(store: Store, inputs: Mapping[str, Any]) -> Iterator[str]:
         yield f"{tags.get('retort.role', 'model')} ({tags.get('retort.method', 'method not known')}, {ref.model_id})"
 
 
-def _evidence(store: Store, ref: ModelRef) -> tuple[Evidence | None, str]:
-    """The newest evidence on a model, and the name that it goes by there."""
+def _evidence(store: Store, ref: ModelRef, role: str) -> tuple[Evidence | None, str]:
+    """The newest evidence on a model from runs of this role, and the name that it goes by there."""
     from tasks.core.step import read_evidence
 
-    run = store.newest_run({"retort.role": "%evidence", "retort.inputs": f"%{ref.model_id}%"}, like=True)
+    run = store.newest_run({"retort.role": role, "retort.inputs": f"%{ref.model_id}%"}, like=True)
     if run is None:
         return None, ""
     models = json.loads(store.client.get_run(run).data.tags["retort.inputs"])["models"]

@@ -172,13 +172,16 @@ class Dataset:
         return self.where(np.asarray(pa.compute.is_in(self.column("sample_id"), value_set=wanted)))
 
     def without_descendants(self, ids: Iterable[str]) -> Dataset:
-        """The rows that are none of the given ids and were made from none of them."""
+        """The rows that are none of the given ids and were made from none of them. A class that loses all its labelled rows is absent."""
         erased = pa.array(list(ids), type=pa.string())
         carries = np.asarray(pa.compute.is_in(self.column("sample_id"), value_set=erased)).copy()
         parents = self.column("parents").combine_chunks()
         from_erased = np.asarray(pa.compute.is_in(parents.flatten(), value_set=erased))
         carries[np.asarray(pa.compute.list_parent_indices(parents))[from_erased]] = True
-        return self.where(~carries)
+        labels = self.labels()
+        gone = np.setdiff1d(labels[carries], labels[~carries])
+        absent = dict.fromkeys([*self.info.absent, *(self.info.classes[label] for label in gone if 0 <= label < len(self.info.classes))])
+        return replace(self.where(~carries), info=replace(self.info, absent=tuple(absent)))
 
     def without_images_of(self, other: Dataset) -> Dataset:
         """The rows whose decoded image is none of the other's."""

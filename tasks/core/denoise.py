@@ -160,7 +160,7 @@ def pixel_frechet(ours: npt.NDArray[np.uint8], theirs: npt.NDArray[np.uint8]) ->
         raise ValueError("a Frechet distance needs two images on each side")
     side = (min(8, ours.shape[2]), min(8, ours.shape[3]))
     flat = [F.adaptive_avg_pool2d(to_float(images), side).flatten(1).double().numpy() for images in (ours, theirs)]
-    means, (first, second) = [f.mean(0) for f in flat], [np.cov(f, rowvar=False) for f in flat]
+    means, (first, second) = [f.mean(0) for f in flat], [np.atleast_2d(np.cov(f, rowvar=False)) for f in flat]
     values, vectors = np.linalg.eigh(first)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(0)).sum()

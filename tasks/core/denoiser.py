@@ -121,9 +121,7 @@ class ClassDenoiser(Denoiser):
         return labels
 
     def forward(self, noisy: Tensor, levels: Tensor, conditions: Tensor) -> Tensor:  # type: ignore[override]
-        # the body gives the velocity: at much noise its error hardly counts in the noise, and none is divided by the little that is left
-        share = self.abar[levels][:, None, None, None]
-        noise: Tensor = (1 - share).sqrt() * noisy + share.sqrt() * self.body(noisy, levels, conditions)
+        noise: Tensor = self.body(noisy, levels, conditions)
         return noise
 
 

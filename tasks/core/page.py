@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from tasks.core import page_charts as charts
 from tasks.core import page_graph
-from tasks.core.card import BEWARE, PERCENT, Card
+from tasks.core.card import PERCENT, Card
 from tasks.core.errors import without_secrets
 from tasks.core.metrics import Figure
 
@@ -237,7 +237,7 @@ def render_card(card: Card) -> str:
     text: str = env.get_template("page_card.html.j2").render(
         card=card,
         figures=[(sentence(head[0]), head[1], *cell) for head, cell in zip(found["heads"], found["rows"][0][1], strict=True)],
-        beware=BEWARE,
+        beware=card.beware,
         verdicts=[_of_gate(card.verdict)] if card.verdict else [],
     )
     return text

@@ -100,6 +100,9 @@ def run(name: str, data: Dataset, seed: int) -> Any:
     if family == "evaluate":
         models = {"original": small_net(data, 1), "retrain": small_net(data, 2), "unlearned": small_net(data, 3)}
         rows = {"test": test, "forget": train.take(np.arange(10)), "retain": train.take(np.arange(10, len(train))), "gallery": reference}
+        if method.takes != catalog.CLASSIFIER:
+            models = {"judge": small_net(data, 1), "original": small_denoiser(data, "denoiser")}
+            rows["forget"] = train.where(train.labels() == 5)
         return call(models, rows, cfg, seed=seed)
     if family == "registry":
         return call(offer_for(data), cfg, seed=seed)

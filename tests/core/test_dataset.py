@@ -114,6 +114,17 @@ def test_descendants_go_with_their_ancestors(tiny: Dataset, tmp_path: Path) -> N
     assert data.without_descendants([]).ids() == data.ids()
 
 
+def test_a_class_that_loses_its_last_row_is_absent_and_the_file_says_so_only_then(tiny: Dataset, tmp_path: Path) -> None:
+    threes = [name for name, label in zip(tiny.ids(), tiny.labels(), strict=True) if label == 3]
+    assert tiny.without_descendants(threes[1:]).info.absent == ()
+    left = tiny.without_descendants(threes)
+    assert left.info.absent == ("three",)
+    assert len(left) == len(tiny) - len(threes)
+    assert '"absent"' not in tiny.info.to_json()
+    assert Info.from_json(tiny.info.to_json()) == tiny.info
+    assert Info.from_json(left.info.to_json()).absent == ("three",)
+
+
 def test_hidden_labels_are_hidden_in_a_joined_set_too(tiny: Dataset) -> None:
     both = tiny.split("train") + tiny.split("test").without_labels()
     assert (both.labels()[:200] >= 0).all()
