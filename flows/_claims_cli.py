@@ -58,26 +58,28 @@ def run(
     small: Annotated[bool, typer.Option("--small", help="The smallest sizes: that it runs, not what it finds.")] = False,
     jobs: Annotated[int, typer.Option(min=0, help="Seeds at once; 0: one for each core.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write result and figure into this folder.")] = None,
+    if_changed: Annotated[
+        bool, typer.Option("--if-changed", help="Measure one seed first; where it gives what is published, keep the published result.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a claim again. Nothing is written unless `--out` says where."""
-    from flows import _claims
+    from flows import _claims, _measure
     from tasks.core.errors import UserError
 
     if out and (switched_off or small):
         raise UserError("a claim that is switched off or small is no result: leave out --out, --switched-off and --small")
+    if if_changed and (switched_off or small or data or first_seed or seeds):
+        raise UserError("--if-changed compares with the published result: leave out what makes the run another one")
     chosen = range(first_seed, first_seed + (seeds or _claims.load(method).CLAIM.seeds))
-    found = _claims.run(
-        method,
-        chosen,
-        data=data,
-        off=switched_off,
-        small=small,
-        jobs=jobs,
-        told=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
-    )
+
+    def told(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+    found = _measure.kept(method, told=told) if if_changed else None
+    found = found or _measure.run(method, chosen, data=data, off=switched_off, small=small, jobs=jobs, told=told)
     if out:
-        for path in _claims.write(found, out):
+        for path in _measure.write(found, out):
             print(path, file=sys.stderr)  # noqa: T201
     if as_json:
         print(json.dumps(found, indent=1))  # noqa: T201

@@ -63,8 +63,9 @@ def targets(here: Session, models: Sequence[Mapping[str, Any]], policy: str, sce
             if serves and family == "distill":
                 action = "distill"
             elif serves and store.role(ref) == GENERATOR:
-                forgets = scenario == "class" and policy != "retrain" and here.generator()[1][0]
-                action = "unlearn" if forgets else "retrain"
+                # one that draws in one step has forgotten before, and has no noise levels left to unlearn at
+                whole = scenario == "class" and store.arch(ref).get("one_step") is None
+                action = "unlearn" if whole and policy != "retrain" and here.generator()[1][0] else "retrain"
             elif serves and family in ("train", "unlearn"):
                 action = "retrain" if policy == "retrain" else "unlearn"
             cost = seconds_of(store, ref)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 Folders = Annotated[
-    tuple[str, ...],
+    tuple[Annotated[str, Field(min_length=1)], ...],
     Field(
         title="Data",
         description="Folders of the project: each as it is, one split as folder:split, or as it was as folder@revision; none: the usual",

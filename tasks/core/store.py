@@ -369,11 +369,19 @@ class Store:
 
     def experiment(self, name: str = EXPERIMENT) -> str:
         """The id of an experiment whose artifacts lie in the project, made on first use."""
+        from mlflow.exceptions import MlflowException
+
         if name not in self._experiments:
-            found = self.client.get_experiment_by_name(name)
-            root = self.settings.artifact_root
-            place = f"{root}/{name}" if root else None
-            self._experiments[name] = found.experiment_id if found else self.client.create_experiment(name, artifact_location=place)
+            found, root = self.client.get_experiment_by_name(name), self.settings.artifact_root
+            if found is None:
+                try:
+                    self.client.create_experiment(name, artifact_location=f"{root}/{name}" if root else None)
+                except MlflowException as error:  # another process was first
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+                found = self.client.get_experiment_by_name(name)
+                assert found is not None
+            self._experiments[name] = found.experiment_id
         return self._experiments[name]
 
 

@@ -9,7 +9,7 @@ import sys
 
 import yaml
 
-from flows import _claims
+from flows import _claims, _measure
 from tasks.core import catalog, files
 
 PIPELINE = _claims.FOLDER / "dvc.yaml"
@@ -29,10 +29,11 @@ def pipeline() -> str:
         code = [os.path.relpath(path, _claims.FOLDER) for path in _claims.code_of(name)]
         stages[name.replace(".", "-")] = {
             # the data that is measured on must be the data that is listed, whatever the environment says
-            "cmd": f"cd ../.. && env -u RETORT_DATA python -m flows.cli claims run {name} --out tests/claims/results",
+            "cmd": f"cd ../.. && env -u RETORT_DATA python -m flows.cli claims run {name} --if-changed --out tests/claims/results",
             "deps": [*sorted(code), *data],
-            "outs": [{f"results/{name}.svg": {"cache": False}}],
-            "metrics": [{f"results/{name}.json": {"cache": False}}],
+            # they stay while they are made again: what is published is compared with
+            "outs": [{f"results/{name}.svg": {"cache": False, "persist": True}}],
+            "metrics": [{f"results/{name}.json": {"cache": False, "persist": True}}],
         }
     return HEAD + yaml.safe_dump({"stages": stages}, sort_keys=False, width=140)
 
@@ -54,9 +55,9 @@ def restate() -> list[str]:
         found = None if _claims.stale(name) else _claims.published(name)
         if found is None:
             continue
-        again = _claims.judged_again(found)
+        again = _measure.judged_again(found)
         if {key: found[key] for key in again} != again:
-            _claims.write({**found, **again}, _claims.RESULTS)
+            _measure.write({**found, **again}, _claims.RESULTS)
             changed.append(name.replace(".", "-"))
         elif any(files.file_md5(_claims.FOLDER / path) != locked[name.replace(".", "-")].get(path) for path in found["code"]):
             changed.append(name.replace(".", "-"))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flows import _claims, cli
+from flows import _claims, _measure, cli
 from flows._code import code_digest
 from tasks.core import files
 from tasks.core.errors import UserError
@@ -19,6 +19,8 @@ from tasks.core.claim import Beats, Claim, Row
 from tasks.core.errors import UserError
 from tasks.filter import random
 
+import time
+
 BESIDES = Beats("method", "other", "loss", better="lower")
 CLAIM = Claim("more is more", {data}, Beats("method", "baseline", "score", by=0.5), (BESIDES,), {seeds})
 
@@ -27,7 +29,8 @@ def measure(method, seed, data, small=False):
         raise UserError("training diverged")
     gain = 1.0 if method is not switched_off else 0.0
     return [Row("method", "score", seed % 3 + gain + 0.01 * (seed % 2)), Row("baseline", "score", seed % 3),
-            Row("method", "loss", 1.0 - gain / 2), Row("other", "loss", 1.0 + 0.1 * seed)]
+            Row("method", "loss", 1.0 - gain / 2), Row("other", "loss", 1.0 + 0.1 * seed),
+            Row("method", "score cost", time.monotonic())]
 
 def switched_off(*arguments, **settings):
     raise AssertionError
@@ -51,8 +54,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def publish(folder: Path) -> None:
     """What `dvc repro` does: measure, write, lock."""
-    found = _claims.run("filter.random", jobs=1)
-    written = _claims.write(found, folder / "results")
+    found = _measure.run("filter.random", jobs=1)
+    written = _measure.write(found, folder / "results")
     deps = [*_claims.code_of("filter.random"), folder.parent / "data" / "set"]
     md5 = {path: files.folder_md5(path) if path.is_dir() else files.file_md5(path) for path in [*deps, *written]}
     entries = {path: {"path": _claims.relative(path), "md5": value} for path, value in md5.items()}
@@ -61,7 +64,7 @@ def publish(folder: Path) -> None:
 
 
 def test_a_claim_is_found_run_and_judged(toy: Path) -> None:
-    found = _claims.run("filter.random", jobs=1)
+    found = _measure.run("filter.random", jobs=1)
     assert found["status"] == "holds"
     assert found["effect"] == pytest.approx(1.004)
     assert found["ci_low"] < found["effect"] < found["ci_high"]
@@ -73,14 +76,14 @@ def test_a_claim_is_found_run_and_judged(toy: Path) -> None:
 
 
 def test_switched_off_it_does_not_hold(toy: Path) -> None:
-    assert _claims.run("filter.random", jobs=1, off=True)["status"] == "does not hold here"
+    assert _measure.run("filter.random", jobs=1, off=True)["status"] == "does not hold here"
 
 
 def test_two_processes_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     name = _claims.names()[0]
-    monkeypatch.setattr(_claims, "_one", _pretend)
-    monkeypatch.setattr(_claims, "folders", lambda claim, data=None: [])
-    rows = {seed: rows for seed, rows, _ in _claims._each(name, [3, 4, 5], [], False, True, 2)}
+    monkeypatch.setattr(_measure, "_one", _pretend)
+    monkeypatch.setattr(_measure, "folders", lambda claim, data=None: [])
+    rows = {seed: rows for seed, rows, _ in _measure._each(name, [3, 4, 5], [], False, True, 2)}
     assert rows == {seed: [("a", "b", float(seed))] for seed in (3, 4, 5)}
 
 
@@ -89,14 +92,14 @@ def _pretend(name: str, seed: int, *_: object) -> tuple[int, list[tuple[str, str
 
 
 def test_a_seed_that_diverges_is_a_failure_and_shown_as_one(toy: Path) -> None:
-    found = _claims.run("filter.random", [1, 2, 66], jobs=1)
+    found = _measure.run("filter.random", [1, 2, 66], jobs=1)
     assert found["failures"] == {"66": "training diverged"}
     assert found["status"] == "does not hold here"
     assert found["values"]["score"]["method"][2] is None
     assert json.loads(json.dumps(found, allow_nan=False))
     assert found["conditions"][found["headline"]]["failed"] == 1
     with pytest.raises(UserError, match=r"no seed of the claim of filter\.random could be measured; the first said: training diverged"):
-        _claims.run("filter.random", [66], jobs=1)
+        _measure.run("filter.random", [66], jobs=1)
 
 
 def test_a_published_result_is_fresh_until_something_below_it_changes(toy: Path) -> None:
@@ -140,22 +143,42 @@ def test_a_digest_of_code_changes_with_the_code_alone(one: str, other: str, same
     assert (code_digest(one) == code_digest(other)) is same
 
 
+def test_a_result_is_kept_where_changed_code_gives_the_first_seed_the_same_figures(toy: Path) -> None:
+    assert _measure.kept("filter.random") is None
+    publish(toy)
+    before, code = _claims.published("filter.random"), toy / "filter" / "random.py"
+    assert before
+    text = code.read_text()
+    for changed, same in ((f"{text}\nMORE = 1\n", True), (text.replace("gain / 2", "gain / 3"), False)):
+        code.write_text(changed)
+        _claims._load.cache_clear()
+        kept = _measure.kept("filter.random")
+        assert (kept is not None) is same
+        if kept:
+            assert kept == {**before, "code": _claims.digests("filter.random")} != before
+    code.write_text(text.replace("by=0.5", "by=3.0"))  # what is asked for is judged anew, on the same figures
+    _claims._load.cache_clear()
+    assert (_measure.kept("filter.random") or {})["status"] == "holds in part"
+    (toy.parent / "data" / "set" / "rows").write_text("others")
+    assert _measure.kept("filter.random") is None
+
+
 def test_data_that_is_not_here_makes_nothing_stale(toy: Path) -> None:
     publish(toy)
     (toy.parent / "data" / "set" / "rows").unlink()
     (toy.parent / "data" / "set").rmdir()
     assert _claims.stale("filter.random") == ""
     with pytest.raises(UserError, match="which is not there; name the folder of data sets in RETORT_DATA"):
-        _claims.run("filter.random", jobs=1)
+        _measure.run("filter.random", jobs=1)
 
 
 def test_a_result_edited_by_hand_does_not_follow_from_its_values(toy: Path) -> None:
     publish(toy)
     found = _claims.published("filter.random")
     assert found
-    assert {key: found[key] for key in _claims.judged_again(found)} == _claims.judged_again(found)
+    assert {key: found[key] for key in _measure.judged_again(found)} == _measure.judged_again(found)
     found["values"]["score"]["method"] = found["values"]["score"]["baseline"]
-    assert _claims.judged_again(found)["status"] == "does not hold here"
+    assert _measure.judged_again(found)["status"] == "does not hold here"
 
 
 def test_a_damaged_result_says_how_to_mend_it(toy: Path) -> None:
@@ -203,6 +226,8 @@ def test_run_uses_the_seeds_and_data_that_are_asked_for_and_writes_nowhere(toy: 
 def test_a_result_of_a_switched_off_claim_is_not_written(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no result: leave out --out"):
         ask("claims", "run", "filter.random", "--switched-off", "--out", str(tmp_path / "out"))
+    with pytest.raises(UserError, match="--if-changed compares with the published result"):
+        ask("claims", "run", "filter.random", "--if-changed", "--seeds", "2")
     assert "does not hold here" in ask("claims", "run", "filter.random", "--switched-off", "--jobs", "1")
 
 

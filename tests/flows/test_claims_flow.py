@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import _claims
+from flows import _claims, _measure
 from flows import claims as module
 from tasks.core import catalog
 from tests import workspace
@@ -30,7 +30,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(catalog, "ROOT", root)
     _claims._load.cache_clear()
     for name in ("filter.random", "unlearn.retrain"):
-        _claims.write(_claims.run(name, jobs=1), folder / "results")
+        _measure.write(_measure.run(name, jobs=1), folder / "results")
     return root
 
 

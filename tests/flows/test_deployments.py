@@ -69,7 +69,7 @@ def test_every_parameter_has_a_title_and_a_type_on_prefects_form() -> None:
         (promote, {"name": "", "version": 1}),
         (promote, {"name": "a", "version": -1}),
         (promote, {"name": "a", "version": "newest"}),
-        (train, {"data": []}),
+        (train, {"data": [""]}),
         (evaluate, {"data": ""}),
         (evaluate_new, {"name": ""}),
     ],

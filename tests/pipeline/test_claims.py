@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import _claims
+from flows import _claims, _measure
 from tasks.core import catalog
 from tasks.core.claim import NOT_HERE
 from tasks.core.errors import UserError
@@ -27,7 +27,7 @@ def test_its_result_is_there_and_fresh(name: str) -> None:
 def test_its_result_follows_from_its_values(name: str) -> None:
     found = _claims.published(name)
     assert found
-    again = _claims.judged_again(found)
+    again = _measure.judged_again(found)
     assert {key: found[key] for key in again} == again
     assert len(found["seeds"]) >= 5
     assert found["seeds"] == list(range(len(found["seeds"])))
@@ -47,11 +47,11 @@ def test_it_says_what_is_claimed_what_is_equal_and_what_was_tried(name: str) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_its_idea_switched_off_it_does_not_hold(name: str) -> None:
     try:
-        _claims.folders(_claims.load(name).CLAIM)
+        _measure.folders(_claims.load(name).CLAIM)
     except UserError as error:
         pytest.skip(str(error))
-    on = _claims.run(name, [0], small=True, jobs=1)
-    off = _claims.run(name, [0, 1, 2], small=True, jobs=1, off=True)
+    on = _measure.run(name, [0], small=True, jobs=1)
+    off = _measure.run(name, [0, 1, 2], small=True, jobs=1, off=True)
     assert off["status"] == NOT_HERE
     assert {metric: set(arms) for metric, arms in on["values"].items()} == {metric: set(arms) for metric, arms in off["values"].items()}
     first = {metric: {arm: column[:1] for arm, column in arms.items()} for metric, arms in off["values"].items()}

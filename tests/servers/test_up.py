@@ -140,7 +140,7 @@ def until(seconds: float, found: Callable[[], Any]) -> Any:
 def test_a_deployment_runs_in_the_project_and_its_page_leads_to_mlflow_and_back(served: Path) -> None:
     deployment = ask(served, "/deployments/name/train/by-hand")["id"]
     with pytest.raises(urllib.error.HTTPError) as refused:
-        ask(served, f"/deployments/{deployment}/create_flow_run", {"parameters": {"data": []}})
+        ask(served, f"/deployments/{deployment}/create_flow_run", {"parameters": {"data": [""]}})
     assert refused.value.code in (409, 422)
     run = ask(served, f"/deployments/{deployment}/create_flow_run", {"parameters": {"data": ["data/filtered", "data/pool:reference"]}})[
         "id"
