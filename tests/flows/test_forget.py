@@ -83,17 +83,21 @@ def erased(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Erased:
 
 @pytest.fixture(scope="module")
 def waiting(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, np.ndarray]], Told]:
-    """Two requests that came before anything was done for them, and a gate that lets nothing through."""
+    """Two requests that came before anything was done for them, one by a condition and to be retrained, and a gate that lets nothing
+    through.
+    """
     home = tmp_path_factory.mktemp("waiting")
     folder = copied(finished, home / "project")
     workspace.change(folder, "registry", rules={"accuracy": {"min": 0.999}})
     pool = pool_pictures(folder)
-    ten = chosen(folder, pool)
-    parts = [{name: pool[name] for name in some} for some in (ten[::2], ten[1::2])]
-    lists = [listed(home / f"{number}.txt", part) for number, part in enumerate(parts)]
-    receive_only(folder, lists[0])
-    (later,) = several(folder, ["forget", "--samples", lists[1], "--later"])
-    assert later.out.endswith("samples, received\n")
+    rows = pq.read_table(folder / "data" / "pool" / "part-00000.parquet").to_pylist()
+    narrow = [row["sample_id"] for row in rows if row["label"] == 3 and row["split"] == "train" and row["caption"] != "a handwritten three"]
+    ten = [name for name in chosen(folder, pool) if name not in narrow]
+    parts = [{name: pool[name] for name in some} for some in (ten, narrow)]
+    receive_only(folder, listed(home / "ids.txt", ten))
+    condition = "class = 'three' AND split = 'train' AND caption <> 'a handwritten three'"
+    (later,) = several(folder, ["forget", "--where", condition, "--policy", "retrain", "--later"])
+    assert later.out.endswith(f"{len(narrow)} samples, received\n")
     return folder, parts, retort(folder, "forget")
 
 
@@ -344,7 +348,8 @@ def test_requests_that_waited_together_are_done_together_and_certified_each_for_
     assert len(signed) == 2
     owned = [named_by(one, {**parts[0], **parts[1]}) for one in signed]
     assert sorted(map(sorted, owned)) == sorted(map(sorted, parts))
-    assert signed[0]["models"] == signed[1]["models"]  # one pass over the models for both
+    assert signed[0]["models"] == signed[1]["models"]  # one pass over the models for both, by the strictest policy
+    assert {one["action"] for one in signed[0]["models"] if one["champion"]} == {"retrained", "distilled again"}
     assert {f"{one['name']}/{one['version']}" for one in signed[0]["models"]} == old
     assert not old & weights_of(folder).keys()
     assert [entry["kind"] for entry in history(Settings(folder), "digits-teacher")].count("erased") == 2

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from flows import _up
@@ -176,6 +177,22 @@ def test_an_automation_answers_a_refusal_with_a_notice(served: Path) -> None:
     assert until(90, notices.exists), "no automation reacted"
     told = json.loads(notices.read_text().splitlines()[-1])
     assert (told["event"], told["about"], told["reason"]) == ("retort.gate.refused", "m version 3", "ece")
+
+
+def test_a_deletion_request_starts_the_work_on_the_server_and_ends_with_a_certificate(served: Path) -> None:
+    pool = [served / "data" / "pool" / "part-00000.parquet"]
+    spoken = [row["sample_id"] for row in pq.read_table(pool).to_pylist() if "handwritten eight" in row["caption"]]
+    ran = workspace.retort(served, "forget", "--concept", "handwritten eight", "--later")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"{len(spoken)} samples, received" in ran.stdout
+    folder = served / ".retort" / "certificates"
+    assert until(240, lambda: list(folder.glob("*.json"))), "the request's event started nothing that came to an end"
+    (path,) = folder.glob("*.json")
+    told = json.loads(path.read_text())
+    assert told["samples"]["count"] == len(spoken) > 10
+    assert not any("handwritten eight" in row["caption"] for row in pq.read_table(pool).to_pylist())
+    checked = workspace.retort(served, "certificate", "verify", str(path))
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_down_ends_every_process_and_the_files_remain(served: Path) -> None:
