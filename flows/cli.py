@@ -39,7 +39,7 @@ def main() -> None:
 @app.command()
 def run(
     source: Annotated[
-        str, typer.Option(help="Read this instead: digits, parquet:PATH, folder:PATH or pairs:PATH. Kept in params.yaml.")
+        str, typer.Option(help="Read this instead: digits, or parquet:, folder:, pairs: or paths: before a path. Kept in params.yaml.")
     ] = "",
 ) -> None:
     """Run the main job: from the source to a promoted model and a report."""

@@ -47,8 +47,9 @@ def keep_top(scores: Scores, ids: pa.ChunkedArray, count: int) -> tuple[Mask, fl
     return kept, float(threshold)
 
 
-def verdicts(ids: pa.ChunkedArray, scores: Scores, kept: Mask, reason: str) -> pa.Table:
-    """Table of schema `verdicts` (N rows, in the order given); rows that fell carry `reason`, kept ones an empty text."""
+def verdicts(ids: pa.ChunkedArray, scores: Scores, kept: Mask, reason: str | list[str]) -> pa.Table:
+    """Table of schema `verdicts` (N rows, in the order given); rows that fell carry `reason`, or their own one, kept ones an empty text."""
     survived = pa.array(kept)
-    reasons = pc.if_else(survived, pa.scalar("", pa.string()), pa.scalar(reason, pa.string()))
+    given = pa.scalar(reason, pa.string()) if isinstance(reason, str) else pa.array(reason, pa.string())
+    reasons = pc.if_else(survived, pa.scalar("", pa.string()), given)
     return pa.table([ids, pa.array(scores, pa.float32()), survived, reasons], schema=SCHEMAS["verdicts"])

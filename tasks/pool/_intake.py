@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks.core import uids
 from tasks.core.dataset import QUARANTINE, SCHEMAS, SPLITS, Writer, image_column
 from tasks.core.erased import Erased
 from tasks.core.errors import UserError
@@ -71,12 +72,23 @@ class Intake:
         self.truth: Counter[bool | None] = Counter()  # train rows by whether the caption is right
         self.top = -1  # highest label
         self.erased = 0  # rows that came again after they were erased
+        self.unlisted = 0  # rows that the list of uids lacks
         self.drawn: list[tuple[int, str, Good]] = []  # heap of the reference rows drawn so far, the one with the highest number first
 
     def take(
-        self, source: Source, batches: Iterable[Checked], shares: Mapping[str, float], *, into: str, max_bad: float, total: int, name: str
+        self,
+        source: Source,
+        batches: Iterable[Checked],
+        shares: Mapping[str, float],
+        *,
+        into: str,
+        max_bad: float,
+        total: int,
+        name: str,
+        only: uids.Uids | None = None,
     ) -> None:
-        """All rows of a source. Train rows are split by `shares`; `into` names one split for all rows, or is empty.
+        """All rows of a source, or `only` those of these uids. Train rows are split by `shares`; `into` names one split for all rows, or is
+        empty.
 
         Raises UserError as soon as more than the share `max_bad` of the `total` rows is bad.
         """
@@ -84,6 +96,10 @@ class Intake:
         first: Bad | None = None
         for good, flaws, erased in batches:
             self.erased += erased
+            if only is not None:
+                named = uids.among(uids.uids(row.id for row in good), only)
+                self.unlisted += int((~named).sum())
+                good = [row for row, there in zip(good, named, strict=True) if there]
             numbers = _draw.numbers([row.id for row in good])
             again = self.seen.add(numbers[:, _draw.SEEN])
             for at in np.flatnonzero(again):
@@ -108,6 +124,8 @@ class Intake:
         for at in range(0, len(rows), BATCH):
             some = rows[at : at + BATCH]
             self._write(some, _draw.numbers([row.id for row in some]), ["reference"] * len(some))
+        if not self.rows.total() and self.unlisted:
+            raise UserError(f"none of the {self.unlisted} rows of {name} is in the list of uids that 'only' names")
         if not self.rows.total():
             raise UserError(f"source {name} has no usable row: every one is bad")
         if not self.rows["train"]:
@@ -122,9 +140,10 @@ class Intake:
         self.writer.set_info(classes=classes, absent=tuple(classes[label] for label in absent))
 
     def figures(self) -> dict[str, float]:
-        """Rows by split, rows set aside and rows left out since they were erased; the share of right captions where that is known."""
+        """Rows by split, rows set aside and rows left out, erased or not listed; the share of right captions where that is known."""
         found = {"rows": float(self.rows.total()), **{f"rows_{split}": float(self.rows[split]) for split in SPLITS}}
-        found |= {"quarantined": float(self.aside.rows), **({"erased": float(self.erased)} if self.erased else {})}
+        left_out = {"erased": float(self.erased), "unlisted": float(self.unlisted)}
+        found |= {"quarantined": float(self.aside.rows), **{key: count for key, count in left_out.items() if count}}
         known = self.truth[True] + self.truth[False]
         return found | ({"share_clean": self.truth[True] / known} if known else {})
 

@@ -1,6 +1,7 @@
 """Reads a source of images into a dataset, row by row, and sets the bad rows aside with the reason.
 
-A source is scikit-learn's digits (captioned as a web crawl would), Parquet files, a folder of images by class, or image-caption pairs.
+A source is scikit-learn's digits (captioned as a web crawl would), Parquet files, a folder of images by class, image-caption pairs, or
+tables of paths.
 It is streamed: memory does not grow with its size, but for 8 bytes a row. Splits are drawn from a hash of each row's id and from nothing
 else, so that no row changes sides when others come or go.
 """
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from tasks.core import uids
 from tasks.core.dataset import Info, Writer
 from tasks.core.erased import Erased
 from tasks.core.errors import UserError, without_secrets
@@ -27,7 +29,7 @@ from tasks.pool._base import Files, Source, find, suffix
 from tasks.pool._check import NOTHING_ERASED, Classes, checked, first_image
 from tasks.pool._intake import Intake, Quarantine
 
-KINDS = ("digits", "parquet", "folder", "pairs")
+KINDS = ("digits", "parquet", "folder", "pairs", "paths")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 Role = Literal["image", "label", "caption", "sample_id", "split"]
 
@@ -35,7 +37,7 @@ Role = Literal["image", "label", "caption", "sample_id", "split"]
 class Config(MethodConfig):
     """What the pool is made of."""
 
-    source: str = Field("digits", description="digits, parquet:PATH, folder:PATH or pairs:PATH; PATH may be a glob or an fsspec URL")
+    source: str = Field("digits", description="digits, or parquet:, folder:, pairs: or paths: before a PATH, a glob or an fsspec URL")
     columns: dict[Role, str | None] = Field({}, description="the source's names for image, label, caption, sample_id, split; null: none")
     prefix_ids: bool = Field(False, description="put the file's name before each id, where files repeat each other's ids")
     size: int | None = Field(None, ge=1, le=1024, description="resize to this many pixels square; without it all must be of one size")
@@ -48,6 +50,7 @@ class Config(MethodConfig):
     digits_noise: float = Field(0.3, ge=0, le=1, description="digits: share of the train rows whose caption is spoiled")
     digits_unrelated: float = Field(0.3, ge=0, le=1, description="digits: share of the spoiled captions about something else")
     max_bad: float = Field(0.01, ge=0, le=1, description="share of bad rows past which the stage fails")
+    only: str | None = Field(None, description="a file of uids, as DataComp has them: no other rows of the source are read into the pool")
     limit: int | None = Field(None, ge=1, description="read at most this many rows of each source, a sample that is always the same")
     allow_empty_class: bool = Field(False, description="accept a class without train rows")
 
@@ -60,10 +63,8 @@ def configure(settings: Mapping[str, Any]) -> Config:
 def fingerprint(cfg: Config) -> str:
     """Changes when a file of the source comes, goes or is written again; reads none of them. Raises UserError where it is not there."""
     facts: list[tuple[str, ...]] = []
-    for text in filter(None, (cfg.source, cfg.reference_source)):
-        kind, address = parse_source(text)
-        if kind == "digits":
-            continue
+    addresses = [parse_source(text)[1] for text in (cfg.source, cfg.reference_source) if text]
+    for address in filter(None, (*addresses, cfg.only)):
         files = find(address)
         for path in files.paths:
             info = files.system.info(path)
@@ -75,8 +76,8 @@ def read_pool(cfg: Config, out: Path, *, seed: int = 0, erased: Erased = NOTHING
     """Write the source as a dataset of schema `image` with `quarantine.parquet` beside its shards, all of it or nothing.
 
     Rows that `erased` names, by id or by content, are left out. Splits depend on ids alone; `seed` moves the wording of made captions
-    and the digits' noise. Gives the number of `rows`, of `rows_<split>`, of `quarantined` and, where there are some, of `erased` ones, and
-    `share_clean`, the share of the train rows whose caption is right, where that is known.
+    and the digits' noise. Gives the number of `rows`, of `rows_<split>`, of `quarantined` and, where there are some, of `erased` and of
+    `unlisted` ones, and `share_clean`, the share of the train rows whose caption is right, where that is known.
 
     Raises UserError where the source cannot be read, has too many bad rows, no train rows or an empty class, or where the disk is full.
     The folder `out` is then what it was.
@@ -87,6 +88,7 @@ def read_pool(cfg: Config, out: Path, *, seed: int = 0, erased: Erased = NOTHING
         # none of its captions is spoiled, and its own splits do not matter
         trusted = replace(open_source(cfg.reference_source, cfg.model_copy(update={"digits_noise": 0.0}), out, seed), splits=None)
     classes = common_classes(pool, trusted, name, without_secrets(cfg.reference_source or ""))
+    listed = read_uids(cfg.only) if cfg.only else None
     want = first_image(pool, size=cfg.size, mode=cfg.mode, name=name)
     info = Info(
         "image",
@@ -107,7 +109,8 @@ def read_pool(cfg: Config, out: Path, *, seed: int = 0, erased: Erased = NOTHING
                     where = without_secrets(cfg.reference_source or "") if into else name
                     rows = checked(source, want, classes, limit=cfg.limit, name=where, erased=erased)
                     total = min(source.total, cfg.limit or source.total)
-                    intake.take(source, rows, shares, into=into, max_bad=cfg.max_bad, total=total, name=where)
+                    only = None if into else listed
+                    intake.take(source, rows, shares, into=into, max_bad=cfg.max_bad, total=total, name=where, only=only)
             intake.finish(allow_empty_class=cfg.allow_empty_class, erased=erased, name=name)
         return intake.figures()
     except OSError as error:
@@ -141,6 +144,10 @@ def open_source(text: str, cfg: Config, out: Path, seed: int) -> Source:
         from tasks.pool import _folder
 
         source = _folder.read(files)
+    elif kind == "paths":
+        from tasks.pool import _paths
+
+        source = _paths.read(files, columns, prefix_ids=cfg.prefix_ids)
     elif kind == "pairs" and is_tar(files):
         from tasks.pool import _tar
 
@@ -154,6 +161,13 @@ def open_source(text: str, cfg: Config, out: Path, seed: int) -> Source:
     return source
 
 
+def read_uids(address: str) -> uids.Uids:
+    """The uids in a file. Raises UserError where it is not there, or is no such list."""
+    files = find(address)
+    with files.open(files.paths[0]) as source:
+        return uids.read(source.read(), f"the list of uids {without_secrets(address)}")
+
+
 def parse_source(text: str) -> tuple[str, str]:
     """Kind and address. A path that ends in .parquet needs no kind. Raises UserError for anything else."""
     kind, colon, address = text.partition(":")
@@ -165,7 +179,9 @@ def parse_source(text: str) -> tuple[str, str]:
         return "parquet", text
     near = get_close_matches(kind, KINDS, n=1)
     hint = f"did you mean {near[0]!r}? " if near and near[0] != kind else ""
-    raise UserError(f"source {without_secrets(text)!r} is of no known kind; {hint}valid: digits, parquet:PATH, folder:PATH, pairs:PATH")
+    raise UserError(
+        f"source {without_secrets(text)!r} is of no known kind; {hint}valid: digits, parquet:PATH, folder:PATH, pairs:PATH, paths:PATH"
+    )
 
 
 def is_tar(files: Files) -> bool:
@@ -202,4 +218,4 @@ def check_apart(files: Files, out: Path) -> None:
 def plain_settings(cfg: Config) -> dict[str, Any]:
     """Settings as plain values, without the secrets that an address may hold."""
     settings = cfg.model_dump(mode="json")
-    return settings | {key: without_secrets(settings[key]) for key in ("source", "reference_source") if settings[key]}
+    return settings | {key: without_secrets(settings[key]) for key in ("source", "reference_source", "only") if settings[key]}
