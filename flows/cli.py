@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import _certificate_cli, _claims_cli, _find_cli, _forget_cli, _look_cli, _up_cli
+from flows import _certificate_cli, _claims_cli, _find_cli, _forget_cli, _look_cli, _up_cli, _verdicts_cli
 
 app = typer.Typer(
     add_completion=False,
@@ -163,7 +163,7 @@ def ui(
 
 
 for _command in (
-    *(_look_cli.rollback, _look_cli.history, _look_cli.card, _look_cli.lineage),
+    *(_look_cli.rollback, _look_cli.history, _look_cli.card, _look_cli.lineage, _verdicts_cli.verdicts),
     *(_forget_cli.forget, _forget_cli.audit),
     *(_find_cli.fit, _find_cli.find_model),
     *(_up_cli.up, _up_cli.down, _up_cli.status),
