@@ -9,8 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
+
 from tasks.core import files
-from tasks.core.dataset import Info, Writer
+from tasks.core.dataset import Info, Writer, write_parquet
 from tasks.core.errors import UserError
 from tasks.core.method import Made
 from tasks.core.settings import Settings, read_params
@@ -45,10 +47,12 @@ def number(settings: dict[str, Any], stage: str, key: str) -> int:
     return value
 
 
-def write_made(settings: Settings, stage: str, info: Info, made: Made) -> None:
-    """Write a method's rows as the stage's dataset, and its figures and curve beside the others."""
+def write_made(settings: Settings, stage: str, info: Info, made: Made, aside: pa.Table | None = None) -> None:
+    """Write a method's rows as the stage's dataset, its figures and curve beside the others, and rows set aside as a file of it."""
     with Writer(settings.root / "data" / FOLDERS[stage], info) as out:
         out.write(made.rows)
+        if aside is not None and aside.num_rows:
+            write_parquet(out.temporary / "quarantine.parquet", aside)
     write_figures(settings, stage, {"rows": made.rows.num_rows, **made.figures}, made.curve)
 
 

@@ -19,20 +19,29 @@ class Generate(Protocol):
 
 
 SIGNATURE = Generate
+COPIES = 0.01  # how rare a distance between real rows must be for a synthetic row that near to be a copy
 
 
 def stage(settings: Settings, method: str) -> None:
-    """Generate rows for every class into `data/generated`, from a few trusted shots; the base is the kept rows of `data/filtered`."""
+    """Generate rows for every class into `data/generated`, from a few trusted shots; the base is the kept rows of `data/filtered`.
+
+    Near copies of real rows are dropped; `quarantine.parquet` beside the shards says which, and why.
+    """
     from dataclasses import replace
 
     import numpy as np
 
     from tasks.core import catalog
     from tasks.core import stage as stages
+    from tasks.core.errors import UserError
+    from tasks.generate._copies import without_copies
 
     own, seed = stages.section(settings, "generate")
     own.pop("method", None)
     n, k, most = (stages.number(own, "generate", key) for key in ("n", "shots", "base_rows"))
+    share = own.pop("copies", COPIES)
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share < 1:
+        raise UserError(f"params.yaml: 'generate.copies' must be a share from 0 (drop none) to below 1, not {share!r}")
     cfg = catalog.configure(f"generate.{method}", own)
     base = Dataset.open(settings.root / "data" / "filtered")
     trusted = Dataset.open(settings.root / "data" / "pool").split("reference")
@@ -40,8 +49,9 @@ def stage(settings: Settings, method: str) -> None:
         base = base.take(np.random.default_rng(seed).choice(len(base), most, replace=False))
     shots = pick_shots(trusted, base, k, seed)
     made = catalog.get(f"generate.{method}").entry(shots, base, n, cfg, seed=seed)
-    made_by = {"method": f"generate.{method}", "settings": cfg.model_dump(mode="json"), "seed": seed, "n": n, "shots": k}
-    stages.write_made(settings, "generate", replace(base.info, schema="image", of=None, made_by=made_by), made)
+    made_by = {"method": f"generate.{method}", "settings": cfg.model_dump(mode="json"), "seed": seed, "n": n, "shots": k, "copies": share}
+    made, aside = without_copies(made, base + shots, share, seed=seed) if share else (made, None)
+    stages.write_made(settings, "generate", replace(base.info, schema="image", of=None, made_by=made_by), made, aside)
 
 
 def pick_shots(trusted: Dataset, spare: Dataset, k: int, seed: int) -> Dataset:
