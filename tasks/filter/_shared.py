@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from tasks.core.dataset import SCHEMAS
 from tasks.core.errors import UserError
 
 Scores = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+_WORD = re.compile(r"\w+")
 
 
 def survivors(rows: int, keep: float) -> int:
@@ -53,3 +59,20 @@ def verdicts(ids: pa.ChunkedArray, scores: Scores, kept: Mask, reason: str | lis
     given = pa.scalar(reason, pa.string()) if isinstance(reason, str) else pa.array(reason, pa.string())
     reasons = pc.if_else(survived, pa.scalar("", pa.string()), given)
     return pa.table([ids, pa.array(scores, pa.float32()), survived, reasons], schema=SCHEMAS["verdicts"])
+
+
+def words(caption: str) -> list[str]:
+    """Words of a caption in lower case, without punctuation."""
+    return _WORD.findall(caption.lower())
+
+
+def augment(images: Tensor, shift: int, noise: float, generator: torch.Generator) -> Tensor:
+    """Images (N, C, H, W), each moved by up to `shift` pixels either way, its border repeated; then Gaussian noise is added."""
+    count, _, height, width = images.shape
+    if shift:
+        padded = F.pad(images, (shift,) * 4, mode="replicate")
+        down, right = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator).to(images.device)
+        rows, columns = (move + torch.arange(side, device=images.device) for move, side in ((down, height), (right, width)))
+        each = torch.arange(count, device=images.device)[:, None, None]
+        images = padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return images + noise * torch.randn(images.shape, generator=generator).to(images.device)
