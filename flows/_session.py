@@ -22,6 +22,7 @@ from flows import _dvc, _promotion, _server
 from flows._dvc import StageRun
 from flows._runs import STEP_SECONDS, WAIT_SECONDS, can_pass, flow_run_page
 from tasks.core import catalog, files, stage
+from tasks.core.catalog import CONDENSED
 from tasks.core.errors import UserError
 from tasks.core.method import MethodConfig, configured
 from tasks.core.saga import project_lock
@@ -35,6 +36,7 @@ OPTIONAL = ("seed", "combine", "find", "generator", "keep", "devices", "erase")
 GENERATOR = "generator"  # the role of a network that draws images
 MODES = ("off", "dry-run", "enforce")  # what follows from a gate's word
 FLOWS_OWN = {
+    "train": ("pretrain",),
     "unlearn": ("demonstration_rows",),
     "evaluate": ("shifts",),
     "registry": ("mode",),
@@ -124,6 +126,22 @@ class Session:
             raise UserError(f"{self.settings.params}: section '{family}:' must name its 'method:'")
         return catalog.card(f"{family}.{settings.pop('method')}").name, settings
 
+    def pretraining(self) -> tuple[str, dict[str, Any]] | None:
+        """The method that makes the network which the teacher goes on from, and its settings, the teacher's sizes among them; None where
+        section train has no `pretrain`. Raises UserError where that names none that learns from condensed rows.
+        """
+        train = self.params("train")
+        found = train.get("pretrain")
+        if found is None:
+            return None
+        if not isinstance(found, dict) or "method" not in found:
+            raise UserError(f"{self.settings.params}: 'train.pretrain' must name its 'method:', such as from_condensed")
+        name = catalog.card(f"train.{found['method']}").name
+        if catalog.get(name).reads != CONDENSED:
+            raise UserError(f"{self.settings.params}: 'train.pretrain' learns from condensed rows; {name} does not, from_condensed does")
+        sizes = {key: train[key] for key in ("widths", "hidden") if key in train}
+        return name, {**sizes, **{key: value for key, value in found.items() if key != "method"}}
+
     def generator(self) -> tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]:
         """The methods that train a generator and that unlearn it, each with its settings; the second's name is empty where none is named.
 
@@ -174,6 +192,8 @@ class Session:
             for name, settings in self.generator():
                 if name:
                     catalog.configure(name, settings)
+        if (first := self.pretraining()) is not None:
+            catalog.configure(*first)
         catalog.configure("unlearn.retrain", self.params("recipe"))
         catalog.configure("unlearn.finetune", self.params("references").get("finetune", {}))
 

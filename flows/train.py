@@ -1,7 +1,7 @@
 """Train: a teacher on filtered and generated data, or a generator on filtered data.
 
 Consumes  data/filtered, the trusted reference rows of data/pool, data/generated, and the sections `recipe` and `train`, or `generator`, of
-          params.yaml
+          params.yaml; data/condensed where `train.pretrain` says so
 Produces  a model, registered as the next version of `<data set>-teacher` or `<data set>-generator`
 Started   by `retort run`, `retort train`, or a schedule
 """
@@ -19,6 +19,7 @@ from tasks.core.step import Done, Inputs, Plan
 
 DATA = ("data/filtered", "data/pool:reference", "data/generated")
 REAL = ("data/filtered", "data/pool:reference")
+FEW = ("data/condensed",)
 
 
 @flow(name="train")
@@ -27,7 +28,7 @@ def train(data: Folders = (), start: Model = "", generator: Generator = False) -
 
     data       folders of the project: each as it is, one split of it as `folder:split`, or as it was as `folder@revision`; none: what
                stands at the top
-    start      a model to go on from: `NAME@alias` or `NAME/version`; none: from scratch
+    start      a model to go on from: `NAME@alias` or `NAME/version`; none: from scratch, or from what `train.pretrain` makes
     generator  train a network that draws images, by the section `generator`, on real rows
     """
     here = session()
@@ -37,9 +38,14 @@ def train(data: Folders = (), start: Model = "", generator: Generator = False) -
     with one_at_a_time(here, name), shown(here, 1):
         method, settings = here.generator()[0] if generator else here.method("train")
         settings = settings if generator else {**here.params("recipe"), **settings}
+        settings.pop("pretrain", None)
         inputs: Inputs = {"data": tuple(data_ref(here.settings, spec) for spec in data)}
         if start:
             inputs = {**inputs, "start": find_model(start)}
+        elif not generator and (first := here.pretraining()):
+            before = step(Plan("pretrained", *first, {"data": tuple(data_ref(here.settings, spec) for spec in FEW)}, here.seed))
+            here.record("train", before.method, before.cached, before.seconds, f"a start from {before.figures['rows']:.0f} condensed rows")
+            inputs = {**inputs, "start": before.ref}
         done = step(Plan(role, method, settings, inputs, here.seed))
         version = register(name, done)
         words = f"version {version}, {done.figures['parameters']:,.0f} parameters"

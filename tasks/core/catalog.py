@@ -26,6 +26,7 @@ ROOT = TASKS.parent
 NOT_FAMILIES = {"core", "pool"}
 PACKAGES = ("tasks", "flows", "tests")  # first-party: what a closure follows
 CLASSIFIER, ANY = "classifier", "any"  # kinds of network that a method takes
+IMAGES, CONDENSED = "image", "condensed"  # schemas of the rows that a method of family train reads
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Method:
 
     takes  the kind of network that comes in: `classifier`, `any`, or the kind of a generator, as the module's `TAKES` says
     makes  the role of the network that comes out, where the module's `MAKES` names one: `generator`
+    reads  the schema of the rows that a network is trained on, where the module's `READS` names another than `image`
     """
 
     card: Card
@@ -56,6 +58,7 @@ class Method:
     smoke: Any
     takes: str = CLASSIFIER
     makes: str = ""
+    reads: str = IMAGES
 
 
 def families() -> list[str]:
@@ -98,8 +101,8 @@ def get(name: str) -> Method:
     missing = [part for part in ("Config", "SMOKE", short) if not hasattr(module, part)]
     if missing:
         raise ImportError(f"{found.path}: a method needs {', '.join(missing)}")
-    takes, makes = getattr(module, "TAKES", CLASSIFIER), getattr(module, "MAKES", "")
-    return Method(found, getattr(module, short), module.Config, module.SMOKE, takes, makes)
+    kinds = (getattr(module, name, default) for name, default in (("TAKES", CLASSIFIER), ("MAKES", ""), ("READS", IMAGES)))
+    return Method(found, getattr(module, short), module.Config, module.SMOKE, *kinds)
 
 
 def configure(name: str, settings: dict[str, Any]) -> Any:

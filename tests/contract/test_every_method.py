@@ -8,7 +8,9 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 import torch
 
 from tasks.core import catalog, loop, networks
-from tasks.core.dataset import SCHEMAS, Dataset
+from tasks.core.dataset import SCHEMAS, Dataset, Writer
 from tasks.core.evidence import Evidence
 from tasks.core.files import folder_md5
 from tasks.core.method import Made, MethodConfig
@@ -28,6 +30,7 @@ from tasks.core.networks import Net
 from tasks.registry import Decision, Offer, Ranking
 
 NAMES = sorted(catalog.cards())
+SCRATCH = tempfile.TemporaryDirectory(prefix="retort-contract-")
 HEAVY = ("diffusers", "transformers", "peft", "sklearn", "ray", "mlflow", "prefect", "matplotlib")
 
 
@@ -48,6 +51,16 @@ def small_denoiser(data: Dataset, kind: str) -> Net:
         own = {"prompts": prompts, "words": [], "channels": 8, "spare": 4, "prediction": "v_prediction", "betas": "cosine"}
     with loop.seeded(1):
         return networks.build({**arch, **own}).eval()
+
+
+def condensed(data: Dataset) -> Dataset:
+    """Condensed rows of the data, as the stage writes them."""
+    method = catalog.get("condense.random")
+    made = method.entry(data, data, 10, method.smoke)
+    folder = Path(SCRATCH.name, uuid.uuid4().hex)
+    with Writer(folder, replace(data.info, schema="condensed", made_by=None)) as out:
+        out.write(made.rows)
+    return Dataset.open(folder)
 
 
 def evidence_for(data: Dataset) -> Evidence:
@@ -89,7 +102,7 @@ def run(name: str, data: Dataset, seed: int) -> Any:
     if family == "generate":
         return call(reference, train, 2, cfg, seed=seed)
     if family == "train":
-        return call(train, cfg, seed=seed)
+        return call(condensed(train) if method.reads == catalog.CONDENSED else train, cfg, seed=seed)
     if family == "distill":
         return call([small_net(data, 1)], train + reference.without_labels(), cfg, seed=seed)
     if family == "unlearn" and method.takes != catalog.CLASSIFIER:
