@@ -16,6 +16,8 @@ from tasks.core.dataset import decode
 from tasks.core.errors import UserError
 from tasks.filter._shared import Scores
 
+Inputs = tuple[Tensor, dict[str, Tensor]]
+
 
 class Pretrained(nn.Module):
     """An image-text network and what prepares its inputs. On an accelerator it runs in bfloat16 with channels last."""
@@ -39,25 +41,31 @@ class Pretrained(nn.Module):
         self.device = device
         self.eval().requires_grad_(False)
 
-    def of_batch(self, shape: tuple[int, int, int]) -> Callable[[pa.RecordBatch], Scores]:
-        """Scores of batches with the columns `image`, of this shape, and `caption`."""
+    def reader(self, shape: tuple[int, int, int]) -> Callable[[pa.RecordBatch], Inputs]:
+        """What makes the network's inputs of a batch with the columns `image`, of this shape, and `caption`; too long a one is cut off."""
 
-        def of_batch(batch: pa.RecordBatch) -> Scores:
+        def read(batch: pa.RecordBatch) -> Inputs:
             images = decode(batch.column("image").field("bytes").to_pylist(), shape)
-            return np.asarray(self(images, [text or "" for text in batch.column("caption").to_pylist()]).numpy(), dtype=np.float32)
+            return self.inputs(images, [text or "" for text in batch.column("caption").to_pylist()])
 
-        return of_batch
+        return read
 
-    @torch.no_grad()
-    def forward(self, images: npt.NDArray[np.uint8], captions: Sequence[str]) -> Tensor:
-        """Cosine (N,) of each image (C, H, W) with its own caption; what is too long of a caption is cut off."""
+    def inputs(self, images: npt.NDArray[np.uint8], captions: Sequence[str]) -> Inputs:
+        """Of images (N, C, H, W) and N captions."""
         coloured = np.repeat(images, 3, axis=1) if images.shape[1] == 1 else images
         seen = self.processor(images=list(coloured.transpose(0, 2, 3, 1)), return_tensors="pt")["pixel_values"]
-        told = self.processor(text=list(captions), return_tensors="pt", padding=True, truncation=True)
+        return seen, dict(self.processor(text=list(captions), return_tensors="pt", padding=True, truncation=True))
+
+    @torch.no_grad()
+    def score(self, inputs: Inputs) -> Scores:
+        """Cosine (N,) of each image with its own caption."""
+        seen, told = inputs
         dtype = next(self.model.parameters()).dtype
-        image = _vector(self.model.get_image_features(pixel_values=seen.to(self.device, dtype)))
+        layout = torch.channels_last if self.device != "cpu" else torch.contiguous_format
+        image = _vector(self.model.get_image_features(pixel_values=seen.to(self.device, dtype, memory_format=layout)))
         text = _vector(self.model.get_text_features(**{key: value.to(self.device) for key, value in told.items()}))
-        return (F.normalize(image.float(), dim=-1) * F.normalize(text.float(), dim=-1)).sum(1).cpu()
+        cosines = (F.normalize(image.float(), dim=-1) * F.normalize(text.float(), dim=-1)).sum(1)
+        return np.asarray(cosines.cpu().numpy(), dtype=np.float32)
 
 
 def _vector(found: Any) -> Tensor:

@@ -6,9 +6,12 @@ import contextlib
 import hashlib
 import io
 import shutil
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +24,7 @@ from tasks.core.errors import UserError
 from tasks.core.progress import track
 from tasks.filter._shared import Scores
 
+T = TypeVar("T")
 PIECE = 16_384  # rows whose scores are kept together; a pool of fewer is scored in one go and nothing is kept
 DAYS = 30  # that the scores of a run which was never finished are kept
 
@@ -34,35 +38,54 @@ def digest(model: nn.Module, *more: str) -> str:
 
 
 def scored(
-    pool: Dataset, columns: Iterable[str], score: Callable[[pa.RecordBatch], Scores], *, key: str, size: int, what: str = "score pool"
+    pool: Dataset,
+    columns: Iterable[str],
+    prepare: Callable[[pa.RecordBatch], T],
+    score: Callable[[T], Scores],
+    *,
+    key: str,
+    size: int,
+    what: str = "score pool",
 ) -> Scores:
-    """The scores (N,) that `score` gives to batches of at most `size` rows with these columns, in the pool's order.
+    """The scores (N,) of all rows, in order: `prepare` reads a batch of at most `size` rows with these columns, `score` judges it.
 
-    key: what the scores depend on besides the rows. Pieces lie in the project's cache until all are there; nothing else of the pool is in
-    memory than one batch.
+    The next batch is prepared while one is judged. key: what the scores depend on besides the rows. Pieces lie in the project's cache
+    until all are there; nothing else of the pool is in memory than three batches.
     """
     place = _place(pool, key) if len(pool) > PIECE else None
     scores, ticks, columns = np.empty(len(pool), dtype=np.float32), track(range(len(pool)), what), list(columns)
-    for start in range(0, len(pool), PIECE):
-        stop = min(start + PIECE, len(pool))
-        kept = _read(place / f"{start}.npy", stop - start) if place else None
-        if kept is None:
-            rows, pieces = pool.take(np.arange(start, stop)) if place else pool, []
-            for batch in rows.batches(columns, size):
-                pieces.append(score(batch))
-                sum(1 for _ in islice(ticks, batch.num_rows))
-            kept = np.concatenate(pieces)
-            if place:
-                out = io.BytesIO()
-                np.save(out, kept, allow_pickle=False)
-                files.write_bytes(place / f"{start}.npy", out.getvalue())
-        else:
-            sum(1 for _ in islice(ticks, stop - start))
-        scores[start:stop] = kept
+    with ThreadPoolExecutor(1) as ahead:
+        for start in range(0, len(pool), PIECE):
+            stop = min(start + PIECE, len(pool))
+            kept = _read(place / f"{start}.npy", stop - start) if place else None
+            if kept is None:
+                rows, pieces = pool.take(np.arange(start, stop)) if len(pool) > PIECE else pool, []
+                for some in _prepared(rows.batches(columns, size), prepare, ahead):
+                    pieces.append(score(some))
+                    sum(1 for _ in islice(ticks, len(pieces[-1])))
+                kept = np.concatenate(pieces)
+                if place:
+                    out = io.BytesIO()
+                    np.save(out, kept, allow_pickle=False)
+                    files.write_bytes(place / f"{start}.npy", out.getvalue())
+            else:
+                sum(1 for _ in islice(ticks, stop - start))
+            scores[start:stop] = kept
     next(ticks, None)
     if place:
         shutil.rmtree(place, ignore_errors=True)
     return scores
+
+
+def _prepared(batches: Iterator[pa.RecordBatch], prepare: Callable[[pa.RecordBatch], T], ahead: ThreadPoolExecutor) -> Iterator[T]:
+    """Prepared batches in order, two of them in flight."""
+    waiting: deque[Future[T]] = deque()
+    for batch in batches:
+        waiting.append(ahead.submit(prepare, batch))
+        if len(waiting) > 2:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _place(pool: Dataset, key: str) -> Path | None:

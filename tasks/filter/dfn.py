@@ -47,7 +47,9 @@ UNKNOWN = 0  # the token of every word that the reference captions lack; never t
 HOTTEST = 100.0  # what the cosines are multiplied with at most (CLIP)
 SCORED_AT_ONCE = 512
 TEMPLATE = "a photo of a {}"  # what a class is called in fine-tuning (CLIP)
+PAIR = ("image", "caption")
 Tokens = list[npt.NDArray[np.int64]]
+Pairs = tuple[npt.NDArray[np.uint8], Tokens]
 
 
 class Config(MethodConfig):
@@ -195,14 +197,14 @@ def score(towers: Towers, images: npt.NDArray[np.uint8], tokens: Tokens, device:
     return (towers.see(loop.to_float(images, device)) * told).sum(1).cpu().numpy()
 
 
-def scorer(towers: Towers, known: dict[str, int], shape: tuple[int, int, int], device: str = "cpu") -> Callable[[pa.RecordBatch], Scores]:
-    """Scores of batches with the columns `image` and `caption`."""
+def reader(known: dict[str, int], shape: tuple[int, int, int]) -> Callable[[pa.RecordBatch], Pairs]:
+    """What makes images (N, C, H, W) and the tokens of N captions of a batch with the columns `image` and `caption`."""
 
-    def of_batch(batch: pa.RecordBatch) -> Scores:
-        tokens = tokenise([text or "" for text in batch.column("caption").to_pylist()], known)
-        return score(towers, decode(batch.column("image").field("bytes").to_pylist(), shape), tokens, device)
+    def read(batch: pa.RecordBatch) -> Pairs:
+        images = decode(batch.column("image").field("bytes").to_pylist(), shape)
+        return images, tokenise([text or "" for text in batch.column("caption").to_pylist()], known)
 
-    return of_batch
+    return read
 
 
 def unknown_words(pool: Dataset, known: dict[str, int]) -> float:
@@ -251,12 +253,12 @@ def dfn(pool: Dataset, reference: Dataset, cfg: Config = Config(), *, seed: int 
     with loop.seeded(seed) as generator:
         if cfg.pretrained is not None:
             network = Pretrained(cfg.pretrained, device)
-            of_batch, key = network.of_batch(pool.info.shape), digest(network, "pretrained")
+            scores = scored(pool, PAIR, network.reader(pool.info.shape), network.score, key=digest(network), size=SCORED_AT_ONCE)
         else:
             towers, known, curve = _trained(pool, reference, cfg, generator, device)
-            of_batch, key = scorer(towers, known, pool.info.shape, device), digest(towers, *known)
+            read = reader(known, pool.info.shape)
+            scores = scored(pool, PAIR, read, lambda pairs: score(towers, *pairs, device), key=digest(towers, *known), size=SCORED_AT_ONCE)
             figures |= {"unknown_words": unknown_words(pool, known), "reference_rows": float(len(reference)), "loss": curve[-1]["loss"]}
-        scores = scored(pool, ["image", "caption"], of_batch, key=key, size=SCORED_AT_ONCE)
     ids = pool.column("sample_id")
     if cfg.threshold is None:
         kept, threshold = keep_top(scores, ids, count)

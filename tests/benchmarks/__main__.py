@@ -247,6 +247,21 @@ def erasure(place: Path) -> None:
     show(f"erasure of 50 samples of the digits, end to end ({certified} certificate)", f"{seconds:.0f} s", "120 s or less")
 
 
+def filtering(place: Path) -> None:
+    """A million image-text rows through the filter: beside the network alone, in bounded memory, and again after a kill."""
+    from tests.benchmarks import filtering as large
+
+    folder = workspace.make(place / "job", full_size())
+    large.make_pool(folder / "data" / "pool", large.ROWS)
+    whole = large.run(folder)
+    show(f"{whole['rows']:,.0f} rows scored", f"{whole['rate']:,.0f} rows/s", "")
+    show("over the network's bare forward pass", f"{whole['rate'] / whole['bare']:.2f}", "0.9 or more")
+    show("memory that grew meanwhile", f"{whole['grown_mb']:.0f} MB", "")
+    again = large.run(folder, killed_at=0.6)
+    show("a run that was killed at 60%, its second time over the whole", f"{again['seconds'] / whole['seconds']:.2f}", "0.4 or so")
+    show("its scores", "the same" if again["sum"] == whole["sum"] else "OTHERS", "the same")
+
+
 def question_alone(folder: Path, imports: str, question: str) -> float:
     """Median seconds of three askings, each in a process of its own that has imported mlflow and torch and opened the store."""
     code = (
@@ -310,6 +325,7 @@ ALL: dict[str, Callable[[Path], None]] = {
     "registry": registry,
     "lineage": lineage,
     "erasure": erasure,
+    "filtering": filtering,
 }
 
 

@@ -48,15 +48,15 @@ def test_a_run_that_was_cut_off_scores_only_what_is_left(pool: Dataset, tmp_path
     ids = pool.ids()
     expected = [int(name[1:]) for name in ids]
     with pytest.raises(KeyboardInterrupt):
-        scored(pool, ["sample_id"], lambda batch: score(batch, 18), key="k", size=5)
+        scored(pool, ["sample_id"], lambda batch: batch, lambda batch: score(batch, 18), key="k", size=5)
     assert read[:16] == ids[:16]
     done = len(list((tmp_path / ".retort").rglob("scores/*/*.npy")))
     assert done == 2
     read.clear()
-    assert scored(pool, ["sample_id"], score, key="k", size=5).tolist() == expected
+    assert scored(pool, ["sample_id"], lambda batch: batch, score, key="k", size=5).tolist() == expected
     assert read == ids[16:]
     read.clear()
-    assert scored(pool, ["sample_id"], score, key="other", size=5).tolist() == expected
+    assert scored(pool, ["sample_id"], lambda batch: batch, score, key="other", size=5).tolist() == expected
     assert read == ids
     assert not list((tmp_path / ".retort").rglob("*.npy"))
 
@@ -70,11 +70,11 @@ def test_a_damaged_piece_is_scored_again(pool: Dataset, tmp_path: Path, monkeypa
         return np.full(batch.num_rows, 7, dtype=np.float32)
 
     with pytest.raises(KeyboardInterrupt):
-        scored(pool, ["sample_id"], score, key="k", size=8)
+        scored(pool, ["sample_id"], lambda batch: batch, score, key="k", size=8)
     first = min((tmp_path / ".retort").rglob("scores/*/*.npy"))
     first.write_bytes(first.read_bytes()[:-3])
     (tmp_path / "damaged").touch()
-    assert scored(pool, ["sample_id"], score, key="k", size=8).tolist() == [7] * 30
+    assert scored(pool, ["sample_id"], lambda batch: batch, score, key="k", size=8).tolist() == [7] * 30
 
 
 def test_a_digest_is_of_weights_and_words() -> None:
@@ -106,9 +106,9 @@ def test_a_clip_in_a_folder_scores_the_pool(clip: Path, tiny: Dataset) -> None:
     made = dfn(rows, reference, Config(pretrained=str(clip), keep=0.25))
     assert made.figures["kept"] == 50
     network = Pretrained(str(clip))
-    cosines = network(rows.images()[:5], rows.captions()[:5])
+    cosines = network.score(network.inputs(rows.images()[:5], rows.captions()[:5]))
     np.testing.assert_allclose(np.asarray(made.rows["score"])[:5], cosines, atol=1e-5)
-    alone = [float(network(rows.images()[at : at + 1], rows.captions()[at : at + 1])[0]) for at in range(5)]
+    alone = [float(network.score(network.inputs(rows.images()[at : at + 1], rows.captions()[at : at + 1]))[0]) for at in range(5)]
     np.testing.assert_allclose(alone, cosines, atol=1e-5)  # padding by longer captions changes nothing
     assert len(set(cosines.tolist())) > 1
     assert dfn(rows, reference, Config(pretrained=str(clip), keep=0.25), seed=5).rows.equals(made.rows)
