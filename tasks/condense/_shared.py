@@ -1,6 +1,6 @@
 """What the condensers share: source rows, a self-supervised target encoder, kernel ridge regression, measuring, and the rows they give.
 
-All three methods draw the same source rows, train the same encoder and pick the same random images from the same seed, so that their
+All methods draw the same source rows, train the same encoder and pick the same random images from the same seed, so that their
 figures can be compared.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,12 @@ from tasks.core.method import MethodConfig
 from tasks.core.progress import track
 
 Images = npt.NDArray[np.uint8]
+Fill = Literal["edge", "black"]
+PADDING = {"edge": "border", "black": "zeros"}
 
 
 class Settings(MethodConfig):
-    """What the three condensers must share to be comparable: the encoder that gives targets, and the nets that measure."""
+    """What the condensers must share to be comparable: the encoder that gives targets, and the nets that measure."""
 
     source_rows: int = Field(10_000, ge=1, description="most rows that are looked at, drawn by the seed; bounds the memory")
     widths: tuple[int, ...] = Field((16, 32, 32), min_length=1, description="channels of the convolutions of every network")
@@ -212,11 +214,12 @@ def augment(
     *,
     contrast: float = 0.0,
     noise: float = 0.0,
+    fill: Fill = "edge",
 ) -> Tensor:
     """Each image (N, C, H, W) in [0, 1], on the CPU, rotated by up to `rotate` degrees and shifted by up to `shift` of its side.
 
-    Edges are continued outwards. `flips` mirrors half of them; `contrast` scales by 1 +- contrast around the image's mean; `noise` is the
-    standard deviation of what is added to each pixel.
+    What comes in from outside continues the edge, or is black. `flips` mirrors half of them; `contrast` scales by 1 +- contrast around
+    the image's mean; `noise` is the standard deviation of what is added to each pixel.
     """
     n = len(images)
 
@@ -230,7 +233,7 @@ def augment(
     sign = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0) if flips else torch.ones(n)
     theta = torch.stack([torch.stack([cos * sign, -sin, moved[:, 0]], 1), torch.stack([sin * sign, cos, moved[:, 1]], 1)], 1)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    images = F.grid_sample(images, grid, mode="bilinear", padding_mode=PADDING[fill], align_corners=False)
     if contrast:
         middle = images.mean((1, 2, 3), keepdim=True)
         images = middle + (images - middle) * (1 + contrast * uniform(n, 1, 1, 1))
@@ -342,8 +345,16 @@ def nearest_distinct(features: npt.NDArray[np.floating], centres: npt.NDArray[np
     return taken
 
 
-def condensed_rows(name: str, images: Tensor, targets: Tensor, origins: npt.NDArray[np.int64], ids: list[str]) -> pa.Table:
-    """Rows of schema `condensed`. images (n, C, H, W), where 0 is black and 1 white but values may lie outside; targets (n, dim).
+def condensed_rows(
+    name: str,
+    images: Tensor,
+    targets: Tensor,
+    origins: npt.NDArray[np.int64],
+    ids: list[str],
+    labels: npt.NDArray[np.int64] | None = None,
+) -> pa.Table:
+    """Rows of schema `condensed`. images (n, C, H, W), where 0 is black and 1 white but values may lie outside; targets (n, dim);
+    labels (n,), -1 where not known.
 
     `parents` names all the source rows `ids` (R,) for every sample, first the one at `origins` (n,), which it started from: the others
     formed the encoder, and with it each target.
@@ -358,7 +369,7 @@ def condensed_rows(name: str, images: Tensor, targets: Tensor, origins: npt.NDAr
         {
             "sample_id": [f"condensed-{name}-{at:05d}" for at in range(n)],
             "image": image_column(encode(shown)),
-            "label": pa.nulls(n, pa.int64()),
+            "label": pa.nulls(n, pa.int64()) if labels is None else pa.array(labels, pa.int64(), mask=labels < 0),
             "caption": pa.nulls(n, pa.string()),
             "split": ["train"] * n,
             "parents": _lists(parents, n),

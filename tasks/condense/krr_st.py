@@ -38,6 +38,7 @@ class Config(_shared.Settings):
         2e-2, gt=0, description="first learning rate of AdamW, in standard deviations"
     )  # original code: 1e-5 to 1e-3, for far more steps
     outer_shift: float = Field(0.05, ge=0, lt=1, description="largest shift of these images, as a share of the side, in whole pixels")
+    outer_fill: _shared.Fill = Field("edge", description="what a shift brings in from outside: edge continues the image, black does not")
 
 
 SMOKE = Config(
@@ -119,6 +120,7 @@ def learn(
     batch: int,
     lr: float,
     shift: float,
+    fill: _shared.Fill,
     flips: bool,
     generator: torch.Generator,
     device: str,
@@ -146,7 +148,7 @@ def learn(
     curve, since, every = [], [], max(1, steps // 50)
     for step in track(range(1, steps + 1), "condense"):
         at = int(torch.randint(pool_size, (), generator=generator))
-        real = _shared.augment(loop.to_float(source.images[next(batches).numpy()]), shift, 0.0, flips, generator).to(device)
+        real = _shared.augment(loop.to_float(source.images[next(batches).numpy()]), shift, 0.0, flips, generator, fill=fill).to(device)
         with torch.no_grad():
             wanted = source.encoder(real)
         images.grad, targets.grad, loss = outer_gradient(pool.nets[at], images, targets, real, wanted)
@@ -183,6 +185,7 @@ def krr_st(data: Dataset, held_out: Dataset, n: int, cfg: Config = Config(), *, 
             batch=cfg.outer_batch,
             lr=cfg.outer_lr,
             shift=cfg.outer_shift,
+            fill=cfg.outer_fill,
             flips=cfg.flips,
             generator=generator,
             device=device,

@@ -6,7 +6,9 @@ Idea    each model draws as many images of each class. A classifier that was tra
         (UA). A Frechet distance holds the drawn images of the classes that stay against the test rows.
 Small   the Frechet distance is of pixels, brought down to 8x8, where the papers take features of Inception, trained on photographs.
 Limits  A judge errs: its own accuracy on the test rows stands beside. UA alone cannot rank methods: a model that was never shown a class
-        draws something else for it, too. Fewer images than a few hundred make the Frechet distance large by themselves.
+        draws something else for it, too. Fewer images than a few hundred make the Frechet distance large by themselves. Digits of 8x8
+        pixels (5 seeds, test): a diffusion model has .196 and 97.8% judged right, one trained a tenth as long 1.16 and 78.2%; the judge
+        knows 98.5% of the test rows.
 """
 
 from __future__ import annotations

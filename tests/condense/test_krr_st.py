@@ -116,6 +116,15 @@ def test_both_images_and_targets_are_learned(tiny: Dataset) -> None:
         assert (np.abs(old - new).max(axis=1) > 1e-3).all()
 
 
+def test_what_a_shift_lets_in_is_a_setting(tiny: Dataset) -> None:
+    wide = SMOKE.model_copy(update={"outer_shift": 0.25})
+    edge, black = (
+        krr_st(tiny.split("train"), tiny.split("validation"), 4, wide.model_copy(update={"outer_fill": fill})) for fill in ("edge", "black")
+    )
+    assert edge.rows["parents"].equals(black.rows["parents"])
+    assert not edge.rows["pixels"].equals(black.rows["pixels"])
+
+
 def test_it_wins_over_random_images_on_held_out_digits(tiny: Dataset) -> None:
     cfg = Config(widths=(16, 32), dim=32, encoder_steps=60, outer_steps=80, inner_steps=40, outer_batch=64, nets=2)
     made = krr_st(tiny.split("train", "reference"), tiny.split("validation", "test"), 20, cfg)

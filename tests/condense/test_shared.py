@@ -104,6 +104,14 @@ def test_a_shift_moves_by_whole_pixels_and_continues_the_edge() -> None:
     assert len(off.argmin(1).unique()) == 9
 
 
+def test_a_shift_that_does_not_continue_the_edge_lets_black_in() -> None:
+    images = torch.ones(50, 1, 8, 8)
+    moved = _shared.augment(images, 0.125, 0.0, False, torch.Generator().manual_seed(0), fill="black")
+    sides = {round(float(one.sum())) for one in moved}
+    assert sides == {64, 56, 49}  # not moved, moved by one pixel along one side, along both
+    assert torch.equal(_shared.augment(images, 0.125, 0.0, False, torch.Generator().manual_seed(0), fill="edge").round(), images)
+
+
 def test_only_flips_mirror_an_image() -> None:
     images = torch.rand(1, 1, 8, 8).repeat(40, 1, 1, 1)
     flipped = _shared.augment(images, 0.0, 0.0, True, torch.Generator().manual_seed(0))
@@ -206,6 +214,10 @@ def test_rows_keep_exact_pixels_and_show_them_clipped() -> None:
     assert row["parents"] == ["c", "a", "b"]  # first the one that it started from
     assert row["sample_id"] == "condensed-x-00000"
     assert (row["label"], row["caption"], row["split"]) == (None, None, "train")
+    labelled = _shared.condensed_rows("x", images, torch.zeros(1, 2), np.array([0]), ["a"], np.array([3]))
+    assert labelled["label"].to_pylist() == [3]
+    unknown = _shared.condensed_rows("x", images, torch.zeros(1, 2), np.array([0]), ["a"], np.array([-1]))
+    assert unknown["label"].to_pylist() == [None]
     from tasks.core.dataset import decode
 
     assert decode([row["image"]["bytes"]], (1, 2, 2)).ravel().tolist() == [0, 128, 255, 51]
