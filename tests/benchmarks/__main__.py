@@ -262,6 +262,13 @@ def filtering(place: Path) -> None:
     show("its scores", "the same" if again["sum"] == whole["sum"] else "OTHERS", "the same")
 
 
+def near_duplicates(place: Path) -> None:
+    """Rows a second of the cascade on text, and of the search for near-duplicates beside the usual library at equal recall."""
+    from tests.benchmarks import dedup
+
+    dedup.report(show)
+
+
 def question_alone(folder: Path, imports: str, question: str) -> float:
     """Median seconds of three askings, each in a process of its own that has imported mlflow and torch and opened the store."""
     code = (
@@ -326,6 +333,7 @@ ALL: dict[str, Callable[[Path], None]] = {
     "lineage": lineage,
     "erasure": erasure,
     "filtering": filtering,
+    "near_duplicates": near_duplicates,
 }
 
 

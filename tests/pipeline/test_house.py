@@ -81,7 +81,8 @@ def test_params_yaml_has_only_keys_that_somebody_knows() -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     own = {
         "condense": {"n"},
-        "generate": {"n", "shots", "base_rows"},
+        "generate": {"n", "shots", "base_rows", "copies"},
+        "train": {"pretrain"},
         "unlearn": {"demonstration_rows"},
         "registry": {"mode"},
     }
