@@ -212,6 +212,7 @@ def copied(made: Planted, folder: Path) -> Planted:
         for table, column in {**columns, "model_versions": "storage_location"}.items():
             database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(old), str(new)))
     settings = Settings(new)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # that of the store which was opened before
     return made._replace(settings=settings, store=Store(settings))
 
 

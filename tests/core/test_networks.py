@@ -69,4 +69,4 @@ def test_the_file_stands_alone() -> None:
     named = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | {
         a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
     }
-    assert named == {"__future__", "typing", "torch"}
+    assert named == {"__future__", "importlib", "typing", "torch"}
