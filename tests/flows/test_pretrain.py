@@ -58,6 +58,7 @@ def test_a_mistake_gets_one_sentence(tmp_path: Path, setting: Any, sentence: str
         Session(Settings(folder)).check_settings()
 
 
+@pytest.mark.long
 def test_a_sample_is_erased_from_it_too(pretrained: Path, tmp_path: Path) -> None:
     folder = copied(pretrained, tmp_path / "project")
     parents = Dataset.open(folder / "data" / "condensed").column("parents").to_pylist()

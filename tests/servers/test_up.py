@@ -204,7 +204,7 @@ def test_down_ends_every_process_and_the_files_remain(served: Path) -> None:
         assert family(one["pid"], born(one)) == []
     assert states(served)[0] == 1
     assert "nothing to stop" in workspace.retort(served, "down").stdout
-    alone = workspace.retort(served, "lineage", "digits-teacher/1")
+    alone = workspace.retort(served, "lineage", "data/filtered")
     assert alone.returncode == 0, alone.stderr
 
 
