@@ -9,8 +9,8 @@ Idea    all and any judge the whole pool by every filter. A chain gives each fil
         (rows that both keep, of those that either does) and `A+B/spearman` (rank correlation of their scores).
 Small   nothing
 Limits  No better than the better of its filters, where they err alike: Fashion-MNIST, 40% wrong names, 5 seeds: AUROC .975 as dfn alone,
-        perplexity .958; of what both keep .983 is right, of as many that dfn alone keeps .987. How far filters agree is not known of a chain, where they see different rows. A filter's rank says nothing about how sure it is.
-        Each filter with a network trains its own.
+        perplexity .958; of what both keep .983 is right, of as many that dfn alone keeps .987. How far filters agree is not known of a
+        chain, where they see different rows. A filter's rank says nothing about how sure it is. Each filter with a network trains its own.
 """
 
 from __future__ import annotations
