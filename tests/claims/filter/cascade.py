@@ -150,7 +150,10 @@ def changed(text: str, vocabulary: Sequence[str], rng: np.random.Generator) -> s
 
 def junk(kind: str, clean: Sequence[str], foreign: Sequence[str], vocabulary: Sequence[str], rng: np.random.Generator) -> str:
     """A line that no one wants to learn from."""
-    some = lambda count: [vocabulary[at].strip(".,;") for at in rng.integers(len(vocabulary), size=count)]  # noqa: E731
+
+    def some(count: int) -> list[str]:
+        return [vocabulary[at].strip(".,;") for at in rng.integers(len(vocabulary), size=count)]
+
     count = int(rng.integers(8, 40))
     if kind == "menu":
         return " | ".join(word.title() for word in some(count))
