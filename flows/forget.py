@@ -80,12 +80,17 @@ def forget(
 
 
 def select(here: Session, samples_file: str, where: str, class_name: str, concept: str) -> Selection:
-    """The samples that are meant. Raises UserError where it is not exactly one way of naming them, or names none."""
+    """The samples that are meant. Raises UserError where it is not exactly one way of naming them, or names none, or would itself stay
+    behind as a trace of them.
+    """
     if sum(map(bool, (samples_file, where, class_name, concept))) != 1:
         raise UserError("name the samples in one way: --samples FILE, --where CONDITION, --class NAME or --concept TEXT")
     if samples_file:
+        listed = pathlib.Path(samples_file)
+        if listed.is_file() and listed.resolve().is_relative_to(here.settings.root.resolve()):
+            raise UserError(f"{samples_file} lies in the project, where it would be a trace of the samples itself: move it elsewhere first")
         try:
-            lines = pathlib.Path(samples_file).read_text(encoding="utf-8").splitlines()
+            lines = listed.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{samples_file} cannot be read: {error}") from None
         return requests.by_ids(here.settings, [line.strip() for line in lines])

@@ -241,8 +241,8 @@ def erasure(place: Path) -> None:
     folder = workspace.make(place / "erasure", full_size())
     timed([PYTHON, "-m", "flows.cli", "run"], folder)
     judged = pq.read_table(sorted((folder / "data" / "filtered").glob("part-*.parquet")), columns=["sample_id", "kept"]).to_pylist()
-    (folder / "ids.txt").write_text("\n".join([row["sample_id"] for row in judged if row["kept"]][:50]))
-    seconds = timed([PYTHON, "-m", "flows.cli", "forget", "--samples", "ids.txt"], folder)
+    (place / "ids.txt").write_text("\n".join([row["sample_id"] for row in judged if row["kept"]][:50]))
+    seconds = timed([PYTHON, "-m", "flows.cli", "forget", "--samples", "../ids.txt"], folder)
     certified = len(list((folder / ".retort" / "certificates").glob("*.json")))
     show(f"erasure of 50 samples of the digits, end to end ({certified} certificate)", f"{seconds:.0f} s", "120 s or less")
 

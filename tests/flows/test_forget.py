@@ -207,11 +207,13 @@ def test_asked_again_it_says_so_and_a_mistake_costs_a_sentence(erased: Erased, t
     known = next(name for name in erased.pool if name not in erased.pictures)
     some = listed(tmp_path / "some.txt", [known, "nobody-1"])
     empty = listed(tmp_path / "empty.txt", [])
+    inside = listed(erased.folder / "inside.txt", [known])
     told = several(
         erased.folder,
         ["forget", "--samples", again],
         ["forget", "--samples", some],
         ["forget", "--samples", empty],
+        ["forget", "--samples", inside],
         ["forget", "--samples", str(tmp_path / "none.txt")],
         ["forget", "--samples", some, "--class", "zero"],
         ["forget", "--where", "label ="],
@@ -222,11 +224,13 @@ def test_asked_again_it_says_so_and_a_mistake_costs_a_sentence(erased: Erased, t
         ["forget", "--class", "zero", "--policy", "soon"],
         ["forget", "--dry-run"],
     )
+    Path(inside).unlink()
     (certificate,) = certificates(erased.folder)
     assert told[0].status == 0
     assert f"erased already: request {certificate['request']}" in told[0].out
     said = (
-        "1 of 2 ids are not known here, the first is 'nobody-1'", "names no sample", "cannot be read", "in one way", "is no condition",
+        "1 of 2 ids are not known here, the first is 'nobody-1'", "names no sample", "lies in the project", "cannot be read", "in one way",
+        "is no condition",
         "may not name ids", "is no condition", "there is no class 'zebra'; there are: zero", "no caption speaks of",
         "--policy must be one of", "name its samples with",
     )  # fmt: skip
