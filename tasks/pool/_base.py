@@ -136,6 +136,32 @@ def find(address: str) -> Files:
     return Files(address, system, root, found, False)
 
 
+def with_image(files: Files, path: str, raw: Raw) -> Raw:
+    """A row with the image of this file, or with the reason why there is none."""
+    try:
+        with files.open(path) as source:
+            blob = source.read(FILE_BYTES + 1)
+    except OSError:
+        return raw._replace(flaw=Flaw("image", raw.place, "file cannot be read"))
+    if len(blob) > FILE_BYTES:
+        return raw._replace(flaw=Flaw("image", raw.place, f"file is larger than {FILE_BYTES >> 20} MiB"))
+    return raw._replace(image=blob)
+
+
+def in_batches(rows: Iterable[Raw]) -> Iterator[list[Raw]]:
+    """Rows in batches of as many, or as many bytes of images, as are read together."""
+    batch: list[Raw] = []
+    size = 0
+    for raw in rows:
+        batch.append(raw)
+        size += len(raw.image or b"")
+        if len(batch) == BATCH or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def _visible(paths: Iterable[str], root: str) -> tuple[str, ...]:
     return tuple(sorted(p for p in paths if not any(part.startswith(".") for part in p[len(root) :].split("/"))))
 

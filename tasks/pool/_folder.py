@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tasks.core.dataset import SPLITS
 from tasks.core.errors import UserError, without_secrets
-from tasks.pool._base import BATCH, BATCH_BYTES, FILE_BYTES, IMAGE_SUFFIXES, Files, Flaw, Raw, Source
+from tasks.pool._base import IMAGE_SUFFIXES, Files, Flaw, Raw, Source, in_batches, with_image
 
 
 def read(files: Files) -> Source:
@@ -26,33 +26,17 @@ def read(files: Files) -> Source:
     label_of = {name: label for label, name in enumerate(classes)}
     depth = 2 if by_split else 1
 
-    def row(number: int, path: str) -> tuple[Raw, int]:
+    def row(path: str) -> Raw:
         name = files.name(path)
         above = name.split("/")[:-1]
-        raw = Raw(name, number, place=name, split=above[0] if by_split and above else None)
+        # every file is a source file of its own, with one row
+        raw = Raw(name, 0, place=name, split=above[0] if by_split and above else None)
         if len(above) < depth:
-            return raw._replace(flaw=Flaw("label", name, "image is not in a class folder")), 0
-        try:
-            with files.open(path) as source:
-                blob = source.read(FILE_BYTES + 1)
-        except OSError:
-            return raw._replace(flaw=Flaw("image", name, "file cannot be read")), 0
-        if len(blob) > FILE_BYTES:
-            return raw._replace(flaw=Flaw("image", name, f"file is larger than {FILE_BYTES >> 20} MiB")), 0
-        return raw._replace(image=blob, label=label_of[above[depth - 1]]), len(blob)
+            return raw._replace(flaw=Flaw("label", name, "image is not in a class folder"))
+        return with_image(files, path, raw._replace(label=label_of[above[depth - 1]]))
 
     def batches() -> Iterator[list[Raw]]:
-        batch: list[Raw] = []
-        size = 0
-        for path in files.paths:
-            raw, length = row(0, path)  # every file is a source file of its own, with one row
-            batch.append(raw)
-            size += length
-            if len(batch) == BATCH or size >= BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-        if batch:
-            yield batch
+        return in_batches(row(path) for path in files.paths)
 
     return Source(
         files.title,

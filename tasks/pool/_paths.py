@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from tasks.core.errors import UserError, without_secrets
-from tasks.pool._base import BATCH, BATCH_BYTES, FILE_BYTES, Files, Flaw, Raw, Source, first_line, resolve, suffix
+from tasks.pool._base import Files, Flaw, Raw, Source, first_line, in_batches, resolve, suffix, with_image
 
 
 def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool) -> Source:
@@ -32,9 +32,7 @@ def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool) -
                 if "split" in found and line[found["split"]]:
                     splits.add(line[found["split"]])
 
-    def batches() -> Iterator[list[Raw]]:
-        batch: list[Raw] = []
-        size = 0
+    def rows() -> Iterator[Raw]:
         for path in files.paths:
             name = files.name(path)
             prefix = f"{posixpath.splitext(posixpath.basename(name))[0]}-" if prefix_ids else ""
@@ -44,14 +42,10 @@ def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool) -
                     own = given.get("sample_id")
                     named = prefix + own if own else None
                     raw = Raw(name, number, named, None, given["image"], given.get("label"), given.get("caption"), given.get("split"))
-                    raw = raw if raw.place is None else _with_image(files, path, raw)
-                    batch.append(raw)
-                    size += len(raw.image or b"")
-                    if len(batch) == BATCH or size >= BATCH_BYTES:
-                        yield batch
-                        batch, size = [], 0
-        if batch:
-            yield batch
+                    yield raw if raw.place is None else _beside(files, path, raw)
+
+    def batches() -> Iterator[list[Raw]]:
+        return in_batches(rows())
 
     return Source(
         files.title,
@@ -63,21 +57,14 @@ def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool) -
     )
 
 
-def _with_image(files: Files, table: str, raw: Raw) -> Raw:
-    """A row with the file that it names, or with the reason why there is none. A path outside the table's folder is none of its files."""
+def _beside(files: Files, table: str, raw: Raw) -> Raw:
+    """A row with the file that it names. A path outside the table's folder is none of its files."""
     assert raw.place is not None
     folder = posixpath.dirname(table)
     path = posixpath.normpath(posixpath.join(folder, raw.place))
     if not path.startswith(folder.rstrip("/") + "/"):
         return raw._replace(flaw=Flaw("image", raw.place, "path leads out of the table's folder"))
-    try:
-        with files.open(path) as source:
-            blob = source.read(FILE_BYTES + 1)
-    except OSError:
-        return raw._replace(flaw=Flaw("image", raw.place, "file cannot be read"))
-    if len(blob) > FILE_BYTES:
-        return raw._replace(flaw=Flaw("image", raw.place, f"file is larger than {FILE_BYTES >> 20} MiB"))
-    return raw._replace(image=blob)
+    return with_image(files, path, raw)
 
 
 @contextmanager
