@@ -138,6 +138,19 @@ def until(seconds: float, found: Callable[[], Any]) -> Any:
     return value
 
 
+def happened(folder: Path) -> str:
+    """What a server's runs came to, and the last words of its processes: for a failure that is seldom seen."""
+    lines = [
+        f"{run['name']} of {run['flow_name']}: {run['state_name']}, {run['start_time']} to {run['end_time']}, {run['state']['message']}"
+        for run in ask(folder, "/flow_runs/paginate", {"sort": "START_TIME_ASC", "limit": 100})["results"]
+        if run["start_time"]
+    ]
+    lines += [f"{one['name']}: {one['active_slots']} slots held" for one in ask(folder, "/v2/concurrency_limits/filter", {})]
+    for log in sorted(Settings(folder).logs.glob("*.log")):
+        lines += [f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-15:]]
+    return "\n".join(lines)
+
+
 def test_a_deployment_runs_in_the_project_and_its_page_leads_to_mlflow_and_back(served: Path) -> None:
     deployment = ask(served, "/deployments/name/train/by-hand")["id"]
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -186,7 +199,7 @@ def test_a_deletion_request_starts_the_work_on_the_server_and_ends_with_a_certif
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert f"{len(spoken)} samples, received" in ran.stdout
     folder = served / ".retort" / "certificates"
-    assert until(240, lambda: list(folder.glob("*.json"))), "the request's event started nothing that came to an end"
+    assert until(240, lambda: list(folder.glob("*.json"))), f"the request's event started nothing that came to an end:\n{happened(served)}"
     (path,) = folder.glob("*.json")
     told = json.loads(path.read_text())
     assert told["samples"]["count"] == len(spoken) > 10
