@@ -117,6 +117,13 @@ def repro(settings: Settings, targets: Sequence[str] = (), *, log: Path, channel
     return [StageRun(stage, stage in seconds, seconds.get(stage, 0.0), figures(settings, stage)) for stage in STAGES]
 
 
+def made(settings: Settings) -> tuple[str, ...]:
+    """The stages that have run in this project, where these are not all; nothing where they are, or nobody knows."""
+    lock = settings.root / "dvc.lock"
+    found = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
+    return () if len(found) == len(STAGES) else tuple(stage for stage in STAGES if stage in found)
+
+
 def branches(settings: Settings) -> tuple[list[str], list[str]]:
     """The stages that others need, and those that nothing follows, which may run side by side; nothing where there are not several."""
     stages = yaml.safe_load((settings.root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]

@@ -39,6 +39,8 @@ def curate(targets: Stages = ()) -> bool:
         if not here.planning:
             runs = repro(targets)
         for run in runs:
+            if targets and not run.ran and run.stage not in targets:
+                continue  # nobody asked for it
             method = here.params(run.stage).get("method") or here.params(run.stage).get("source", "")
             here.record(run.stage, str(method), not run.ran, run.seconds, headline(run.stage, run.figures))
     changed = {path: md5 for path, md5 in versions(here.settings).items() if before.get(path) != md5}

@@ -18,7 +18,7 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows import _forget
+from flows import _dvc, _forget
 from flows._descent import plain
 from flows._registry import model_name
 from flows._runs import CERTIFIED, RECEIVED, STEP_SECONDS, emit, shown
@@ -166,7 +166,7 @@ def _erase(here: Session, batch: list[Request], count: Any) -> bool:
     """All up to the purge; False where the requests wait for somebody."""
     lead = batch[0]
     traces = _traces(here, batch)
-    key = refs.write_request(here.settings, sorted(traces.ids), sorted(traces.images))
+    key = refs.write_request(here.settings, sorted(traces.ids), sorted(traces.contents))
     for request in batch:
         here.store.client.set_tag(request.run_id, "retort.batch", key)
     found = requests.recall(here.store, lead, "found.json") or requests.remember(
@@ -179,7 +179,7 @@ def _erase(here: Session, batch: list[Request], count: Any) -> bool:
         rule = {"class": "class_name", "concept": "concept"}.get(request.kind)
         erased.add(here.settings.root / erased.FOLDER, _traces(here, [request]), request.id, **({rule: request.rule} if rule else {}))
     _reach(here, batch, "suppressed", count)
-    call(curate)
+    call(curate, _dvc.made(here.settings))
     _reach(here, batch, "rebuilt", count)
 
     # once all are replaced nothing is made again: what it would be made from may be gone by now
@@ -233,7 +233,7 @@ def _found(here: Session, batch: Sequence[Request], traces: Traces) -> dict[str,
             "count": len(own.ids),
             "salt": salt.hex(),
             "ids": sorted(salted(name.encode(), salt).hex() for name in own.ids),
-            "images": sorted(salted(image, salt).hex() for image in own.images),
+            "contents": sorted(salted(content, salt).hex() for content in own.contents),
         }
     found = plain(carriers(here.settings, here.store, traces.ids))
     scenario = _forget.scenario_of(one.kind for one in batch)
@@ -296,7 +296,7 @@ def _tools() -> dict[str, str]:
 
 def _traces(here: Session, batch: Iterable[Request]) -> Traces:
     each = [requests.traces_of(here.settings, here.store, request) for request in batch]
-    return Traces(frozenset().union(*(one.ids for one in each)), frozenset().union(*(one.images for one in each)))
+    return Traces(frozenset().union(*(one.ids for one in each)), frozenset().union(*(one.contents for one in each)))
 
 
 def _reach(here: Session, batch: Sequence[Request], state: str, count: Any, words: str = "") -> None:

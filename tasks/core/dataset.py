@@ -43,6 +43,8 @@ _IMAGE_COLUMNS = [
 SCHEMAS: dict[str, pa.Schema] = {
     # `_clean`: is the caption right? null where nobody knows
     "image": pa.schema([*_IMAGE_COLUMNS, ("_clean", pa.bool_())]),
+    # texts alone: `caption` is the text itself
+    "text": pa.schema([*(column for column in _IMAGE_COLUMNS if column[0] != "image"), ("_clean", pa.bool_())]),
     # `pixels`: the exact learned values, C*H*W floats; `image` shows them clipped. `target`: what a network should give for them
     "condensed": pa.schema([*_IMAGE_COLUMNS, ("pixels", pa.list_(pa.float32())), ("target", pa.list_(pa.float32()))]),
     # one row for each row of the pool that a filter judged; the data itself stays where it is
@@ -64,7 +66,7 @@ class Info:
     rows     number of rows in the shards
     classes  class names by label
     absent   those of them that have no train row and need none: erased as a whole, or allowed to be empty
-    shape    channels, height, width of every image
+    shape    channels, height, width of every image; zeros where there are none
     of       for verdicts: relative path and md5 of the pool that was judged
     made_by  method, its settings and seed
     """
@@ -229,6 +231,7 @@ class Dataset:
 
     def images(self) -> npt.NDArray[np.uint8]:
         """Decoded images (N, C, H, W), uint8. For many rows the whole folder is decoded once into a memory-mapped file, and mapped."""
+        self._check(["image"])
         pieces = []
         for part in self.parts:
             cache = _cache(part.folder) if len(part) >= CACHE_FROM_ROWS else None
@@ -258,10 +261,7 @@ class Dataset:
         return total.hexdigest()
 
     def _batches(self, columns: list[str], size: int) -> Iterator[pa.RecordBatch]:
-        schema = SCHEMAS[self.info.schema]
-        unknown = [name for name in columns if name not in schema.names]
-        if unknown:
-            raise UserError(f"a dataset of schema {self.info.schema!r} has no column {unknown[0]!r}; it has {', '.join(schema.names)}")
+        self._check(columns)
         for part in self.parts:
             at = 0
             for shard in _shards(part.folder):
@@ -275,6 +275,14 @@ class Dataset:
                         at += batch.num_rows
                         if chosen.num_rows:
                             yield chosen if part.labelled else _hide_labels(chosen)
+
+    def _check(self, columns: list[str]) -> None:
+        schema = SCHEMAS[self.info.schema]
+        unknown = [name for name in columns if name not in schema.names]
+        if unknown == ["image"] and self.info.schema == "text":
+            raise UserError("these rows are texts without images, which methods of family filter alone can read: 'retort curate filter'")
+        if unknown:
+            raise UserError(f"a dataset of schema {self.info.schema!r} has no column {unknown[0]!r}; it has {', '.join(schema.names)}")
 
 
 class Writer:

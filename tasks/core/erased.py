@@ -1,8 +1,8 @@
 """What must not come back: the suppression list that the pool stage reads, and the traces by which an erased sample is known.
 
-A sample is known by its id and by its content: the pixels in the form that the pool gives them. The list, `data/erased/erased.parquet`,
-holds neither, but hashes under the project's salt, so that it can lie in git beside `dvc.yaml` and every copy of the project obeys it. A
-salt keeps a list from being read; who holds it and guesses an id can check the guess.
+A sample is known by its id and by its content: the pixels in the form that the pool gives them, or the words of a text. The list,
+`data/erased/erased.parquet`, holds neither, but hashes under the project's salt, so that it can lie in git beside `dvc.yaml` and every
+copy of the project obeys it. A salt keeps a list from being read; who holds it and guesses an id can check the guess.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import io
 import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +31,10 @@ SCHEMA = pa.schema([("request", pa.string()), ("kind", pa.string()), ("hash", pa
 
 
 class Traces(NamedTuple):
-    """The ids and the contents (`image_digest`) of erased samples, plain: for the time of one request, and only in memory."""
+    """The ids and the contents (`contents`) of erased samples, plain: for the time of one request, and only in memory."""
 
     ids: frozenset[str]
-    images: frozenset[bytes]
+    contents: frozenset[bytes]
 
 
 def image_digest(pixels: npt.NDArray[np.uint8]) -> bytes:
@@ -42,9 +43,25 @@ def image_digest(pixels: npt.NDArray[np.uint8]) -> bytes:
     return hashlib.blake2b(shape + b":" + np.ascontiguousarray(pixels).tobytes(), digest_size=16).digest()
 
 
+def text_digest(text: str) -> bytes:
+    """16 bytes that stand for a text: its words, in lower case, whatever stands between them."""
+    return hashlib.blake2b(b"text:" + " ".join(words(text)).encode(), digest_size=16).digest()
+
+
+def contents(rows: Dataset) -> Iterator[tuple[list[str], list[bytes]]]:
+    """Stream ids and contents of rows: `image_digest`, or where they are texts alone `text_digest`."""
+    if rows.info.schema == "text":
+        for batch in rows.batches(["sample_id", "caption"]):
+            yield batch.column(0).to_pylist(), [text_digest(text) for text in batch.column(1).to_pylist()]
+    else:
+        for ids, images in rows.image_batches():
+            yield ids, [image_digest(image) for image in images]
+
+
 def traces_of(rows: Dataset) -> Traces:
     """Ids and contents of some rows."""
-    return Traces(frozenset(rows.ids()), frozenset(image_digest(image) for image in rows.images()))
+    found = list(contents(rows))
+    return Traces(frozenset(name for ids, _ in found for name in ids), frozenset(one for _, digests in found for one in digests))
 
 
 def salted(value: bytes, salt: bytes) -> bytes:
@@ -61,7 +78,7 @@ class Erased:
 
     salt: bytes
     ids: frozenset[bytes]
-    images: frozenset[bytes]
+    contents: frozenset[bytes]
     classes: frozenset[bytes] = frozenset()
     concepts: frozenset[bytes] = frozenset()
 
@@ -72,9 +89,9 @@ class Erased:
         """Whether a row of this id was erased."""
         return bool(self.ids) and salted(name.encode(), self.salt) in self.ids
 
-    def has_image(self, digest: bytes) -> bool:
-        """Whether a row of this content (`image_digest`) was erased."""
-        return bool(self.images) and salted(digest, self.salt) in self.images
+    def has_content(self, digest: bytes) -> bool:
+        """Whether a row of this content (`image_digest`, `text_digest`) was erased."""
+        return bool(self.contents) and salted(digest, self.salt) in self.contents
 
     def has_class(self, name: str) -> bool:
         """Whether a class was erased as a whole."""
@@ -92,7 +109,7 @@ class Erased:
     def read(folder: Path) -> Erased:
         """Read the list of a project's `data/erased`; empty where there is none. Raises UserError where it cannot be read."""
         table, salt = _stored(folder)
-        hashes: dict[str, list[Any]] = {"id": [], "image": [], "class": [], "concept": []}
+        hashes: dict[str, list[Any]] = {"id": [], "content": [], "class": [], "concept": []}
         for kind, value in zip(table["kind"].to_pylist(), table["hash"].to_pylist(), strict=True):
             hashes[kind].append(value)
         return Erased(salt, *(frozenset(found) for found in hashes.values()))
@@ -111,7 +128,8 @@ def add(folder: Path, traces: Traces, request: str, *, class_name: str = "", con
     table, salt = _stored(folder)
     there = {(kind, value) for kind, value in zip(table["kind"].to_pylist(), table["hash"].to_pylist(), strict=True)}
     salt = salt or secrets.token_bytes(16)
-    wanted = {("id", salted(name.encode(), salt)) for name in traces.ids} | {("image", salted(digest, salt)) for digest in traces.images}
+    wanted = {("id", salted(name.encode(), salt)) for name in traces.ids}
+    wanted |= {("content", salted(digest, salt)) for digest in traces.contents}
     wanted |= {(kind, salted(text.encode(), salt)) for kind, text in (("class", class_name), ("concept", " ".join(words(concept)))) if text}
     fresh = sorted(wanted - there)
     if not fresh:

@@ -63,7 +63,7 @@ def render_certificate(certificate: Mapping[str, Any]) -> str:
         taker=_taker,
         forgetting=table(figures, FORGETTING_COLUMNS, ()),
         void=any(model.void for model in facts.models),
-        hashes=[("sample ids", facts.samples.ids), ("contents of images", facts.samples.images)],
+        hashes=[("sample ids", facts.samples.ids), ("contents", facts.samples.contents)],
         most=MOST_HASHES,
         signature=certificate["signature"],
         public_key=certificate["public_key"],

@@ -131,26 +131,26 @@ def request_traces(settings: Settings, request: str) -> Traces:
     if not path.exists():
         raise UserError(f"the list of samples of request {request} is not here: it was erased, or another copy of the project has it")
     table = pq.read_table(path)
-    ids, images = (frozenset(value for value in table[name].to_pylist() if value) for name in ("sample_id", "image"))
-    return Traces(ids, images)
+    ids, contents = (frozenset(value for value in table[name].to_pylist() if value) for name in ("sample_id", "content"))
+    return Traces(ids, contents)
 
 
-def write_request(settings: Settings, ids: Sequence[str], images: Sequence[bytes] = ()) -> str:
+def write_request(settings: Settings, ids: Sequence[str], contents: Sequence[bytes] = ()) -> str:
     """Store the samples of a request and give its id, which says nothing about them. The same samples give the same request."""
     import pyarrow as pa
 
     from tasks.core.dataset import write_parquet
 
-    ids, images = sorted(ids), sorted(images)
+    ids, contents = sorted(ids), sorted(contents)
     secret = _secret(settings)
-    asked = json.dumps([ids, [image.hex() for image in images]]).encode()
+    asked = json.dumps([ids, [content.hex() for content in contents]]).encode()
     request = "r-" + hashlib.blake2b(asked, key=secret, digest_size=8).hexdigest()
     target = request_file(settings, request)
     if not target.exists():
-        n = max(len(ids), len(images))
+        n = max(len(ids), len(contents))
         content = io.BytesIO()
-        columns = {"sample_id": [*ids, *[None] * (n - len(ids))], "image": [*images, *[None] * (n - len(images))]}
-        write_parquet(content, pa.table(columns, schema=pa.schema([("sample_id", pa.string()), ("image", pa.binary())])))
+        columns = {"sample_id": [*ids, *[None] * (n - len(ids))], "content": [*contents, *[None] * (n - len(contents))]}
+        write_parquet(content, pa.table(columns, schema=pa.schema([("sample_id", pa.string()), ("content", pa.binary())])))
         files.write_bytes(target, content.getvalue())
     return request
 

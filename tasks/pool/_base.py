@@ -193,7 +193,9 @@ def resolve(names: list[str], wanted: Mapping[str, str | None], needed: set[str]
 
 
 def suffix(path: str) -> str:
-    return PurePosixPath(without_secrets(path)).suffix.lower().lstrip(".")
+    """How a file's name ends, in lower case: `parquet`, `jsonl`, `jsonl.gz`."""
+    path = without_secrets(path).lower()
+    return PurePosixPath(path.removesuffix(".gz")).suffix.lstrip(".") + (".gz" if path.endswith(".gz") else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.core.dataset import SPLITS, decode
-from tasks.core.erased import Erased, image_digest
+from tasks.core.erased import Erased, image_digest, text_digest
 from tasks.core.errors import UserError
 from tasks.core.progress import track
 from tasks.pool import _draw, _images
@@ -32,7 +32,7 @@ class Good(NamedTuple):
     file: str
     row: int
     id: str
-    image: bytes
+    image: bytes  # empty in a pool of texts
     label: int | None
     caption: str | None
     split: str
@@ -64,9 +64,12 @@ def first_image(source: Source, *, size: int | None, mode: str, name: str) -> _i
 
 
 def checked(
-    source: Source, want: _images.Want, classes: Classes, *, limit: int | None, name: str, erased: Erased = NOTHING_ERASED
+    source: Source, want: _images.Want | None, classes: Classes, *, limit: int | None, name: str, erased: Erased = NOTHING_ERASED
 ) -> Iterator[Checked]:
-    """Stream a source's rows, parted into good and bad; few batches wait at a time, so memory does not grow with the source."""
+    """Stream a source's rows, parted into good and bad: with images as `want` has them, or texts alone where it is None.
+
+    Few batches wait at a time, so memory does not grow with the source.
+    """
     chosen = _draw.sample(source.total, limit)
     workers = min(4, os.cpu_count() or 1)
     waiting: deque[Future[Checked]] = deque()
@@ -79,7 +82,7 @@ def checked(
             yield waiting.popleft().result()
 
 
-def check(batch: list[Raw], source: Source, want: _images.Want, classes: Classes, erased: Erased = NOTHING_ERASED) -> Checked:
+def check(batch: list[Raw], source: Source, want: _images.Want | None, classes: Classes, erased: Erased = NOTHING_ERASED) -> Checked:
     """Part a batch into good rows and bad ones. An erased row is neither: where it was flawed, quarantine would keep its id."""
     good: list[Good] = []
     bad: list[Bad] = []
@@ -98,17 +101,21 @@ def check(batch: list[Raw], source: Source, want: _images.Want, classes: Classes
     return Checked(good, bad, gone)
 
 
-def was_erased(row: Good, want: _images.Want, classes: Classes, erased: Erased) -> bool:
-    """Whether a row is on the list: by its id, its class, its caption, or its pixels in the pool's form."""
+def was_erased(row: Good, want: _images.Want | None, classes: Classes, erased: Erased) -> bool:
+    """Whether a row is on the list: by its id, its class, its caption, or its content: pixels in the pool's form, or the text."""
     if erased.has_id(row.id) or erased.has_concept(row.caption or ""):
         return True
     if row.label is not None and erased.has_class(class_name(row.label, classes)):
         return True
+    if not erased.contents:
+        return False
+    if want is None:
+        return erased.has_content(text_digest(row.caption or ""))
     shape = (1 if want.mode == "L" else 3, want.height, want.width)
-    return bool(erased.images) and erased.has_image(image_digest(decode([row.image], shape)[0]))
+    return erased.has_content(image_digest(decode([row.image], shape)[0]))
 
 
-def check_row(raw: Raw, source: Source, want: _images.Want, classes: Classes) -> Good | Flaw:
+def check_row(raw: Raw, source: Source, want: _images.Want | None, classes: Classes) -> Good | Flaw:
     """One row, decoded, or what is wrong with it."""
     if raw.flaw:
         return raw.flaw
@@ -120,14 +127,18 @@ def check_row(raw: Raw, source: Source, want: _images.Want, classes: Classes) ->
     if isinstance(label, str):
         return Flaw(source.column("label"), raw.label, label)
     caption = raw.caption if raw.caption and raw.caption.strip() else None
+    if want is None and caption is None:
+        return Flaw(source.column("caption"), None, "text is missing")
     if label is None and caption is None:
         return Flaw(source.column("label"), None, "neither a label nor a caption")
-    if not raw.image:
-        return Flaw(source.column("image"), raw.place, "image is missing")
-    try:
-        image, pixels = _images.standard(raw.image, want, pixels=not source.has_ids)
-    except _images.ImageError as flaw:
-        return Flaw(source.column("image"), raw.place or raw.image, str(flaw))
+    image, pixels = b"", b""
+    if want is not None:
+        if not raw.image:
+            return Flaw(source.column("image"), raw.place, "image is missing")
+        try:
+            image, pixels = _images.standard(raw.image, want, pixels=not source.has_ids)
+        except _images.ImageError as flaw:
+            return Flaw(source.column("image"), raw.place or raw.image, str(flaw))
     # where the caption will be made from the class name, the name counts: the wording itself is drawn from the id
     about = caption or ("" if label is None else class_name(label, classes))
     name = raw.id or hashlib.md5(pixels + about.encode(), usedforsecurity=False).hexdigest()

@@ -166,15 +166,17 @@ class Intake:
         labels = [row.label for row in rows]
         columns: dict[str, Any] = {
             "sample_id": [row.id for row in rows],
-            "image": image_column([row.image for row in rows]),
             "label": labels,
             "caption": [row.caption or self._made(row.label, number) for row, number in zip(rows, wording, strict=True)],
             "split": splits,
             "parents": [[]] * len(rows),
             "_clean": [row.clean for row in rows],
         }
+        schema = SCHEMAS[self.writer.info.schema]
+        if "image" in schema.names:
+            columns["image"] = image_column([row.image for row in rows])
         if rows:
-            self.writer.write(pa.table(columns, schema=SCHEMAS["image"]))
+            self.writer.write(pa.table(columns, schema=schema))
         self.rows.update(splits)
         self.train.update(row.label for row, split in zip(rows, splits, strict=True) if split == "train")
         self.truth.update(row.clean for row, split in zip(rows, splits, strict=True) if split == "train")

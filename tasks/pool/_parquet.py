@@ -1,9 +1,9 @@
-"""Parquet files with an image column, as Hugging Face lays them out: streamed, however large."""
+"""Parquet files of images or of texts, as Hugging Face lays them out: streamed, however large."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -16,8 +16,9 @@ from tasks.core.errors import UserError, without_secrets
 from tasks.pool._base import BATCH, BATCH_BYTES, Files, Raw, Source, first_line, resolve
 
 
-def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, pairs: bool = False) -> Source:
-    """Look over Parquet files: columns, types, row counts, class names and splits. `pairs` need captions, others need labels.
+def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, needs: Collection[str] = ("image", "label")) -> Source:
+    """Look over Parquet files: columns, types, row counts, class names and splits. `needs`: the roles that a column must play; where an
+    image is none of them, none is read.
 
     Raises UserError that names the file and the column.
     """
@@ -33,7 +34,7 @@ def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, p
         )
         with _opened(files, path) as parquet:
             schema, total = parquet.schema_arrow, total + parquet.metadata.num_rows
-            here = resolve(schema.names, columns, {"image", "caption" if pairs else "label"}, where)
+            here = resolve(schema.names, columns if "image" in needs else {**columns, "image": None}, set(needs), where)
             for role, name in here.items():
                 _check_type(role, name, schema.field(name).type, where)
             metadata = {key.decode(): value.decode("utf-8", "replace") for key, value in (schema.metadata or {}).items()}
@@ -98,8 +99,10 @@ def _rows(parquet: pq.ParquetFile, found: Mapping[str, str], file: str, prefix: 
     size, at = min(BATCH, max(1, BATCH_BYTES // max(widest, 1))), 0
     for batch in parquet.iter_batches(size, columns=list(found.values())):
         nothing = [None] * batch.num_rows
-        image = batch.column(found["image"])
-        if pa.types.is_struct(image.type):
+        image = batch.column(found["image"]) if "image" in found else None
+        if image is None:
+            blobs, places = nothing, nothing
+        elif pa.types.is_struct(image.type):
             # flatten, unlike field, keeps the null rows of the struct null
             parts = dict(zip([field.name for field in image.type], image.flatten(), strict=True))
             blobs = parts["bytes"].to_pylist()

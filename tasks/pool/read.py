@@ -1,7 +1,7 @@
-"""Reads a source of images into a dataset, row by row, and sets the bad rows aside with the reason.
+"""Reads a source of images or of texts into a dataset, row by row, and sets the bad rows aside with the reason.
 
-A source is scikit-learn's digits (captioned as a web crawl would), Parquet files, a folder of images by class, image-caption pairs, or
-tables of paths.
+A source is scikit-learn's digits (captioned as a web crawl would), Parquet files, a folder of images by class, image-caption pairs,
+tables of paths, or texts as Parquet files, tables or lines of JSON.
 It is streamed: memory does not grow with its size, but for 8 bytes a row. Splits are drawn from a hash of each row's id and from nothing
 else, so that no row changes sides when others come or go.
 """
@@ -25,11 +25,12 @@ from tasks.core.dataset import Info, Writer
 from tasks.core.erased import Erased
 from tasks.core.errors import UserError, without_secrets
 from tasks.core.method import MethodConfig, configured
+from tasks.pool import _tables
 from tasks.pool._base import Files, Source, find, suffix
 from tasks.pool._check import NOTHING_ERASED, Classes, checked, first_image
 from tasks.pool._intake import Intake, Quarantine
 
-KINDS = ("digits", "parquet", "folder", "pairs", "paths")
+KINDS = ("digits", "parquet", "folder", "pairs", "paths", "texts")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 Role = Literal["image", "label", "caption", "sample_id", "split"]
 
@@ -37,7 +38,7 @@ Role = Literal["image", "label", "caption", "sample_id", "split"]
 class Config(MethodConfig):
     """What the pool is made of."""
 
-    source: str = Field("digits", description="digits, or parquet:, folder:, pairs: or paths: before a PATH, a glob or an fsspec URL")
+    source: str = Field("digits", description="digits, or parquet:, folder:, pairs:, paths:, texts: before a PATH, a glob or an fsspec URL")
     columns: dict[Role, str | None] = Field({}, description="the source's names for image, label, caption, sample_id, split; null: none")
     prefix_ids: bool = Field(False, description="put the file's name before each id, where files repeat each other's ids")
     size: int | None = Field(None, ge=1, le=1024, description="resize to this many pixels square; without it all must be of one size")
@@ -73,7 +74,7 @@ def fingerprint(cfg: Config) -> str:
 
 
 def read_pool(cfg: Config, out: Path, *, seed: int = 0, erased: Erased = NOTHING_ERASED) -> dict[str, float]:
-    """Write the source as a dataset of schema `image` with `quarantine.parquet` beside its shards, all of it or nothing.
+    """Write the source as a dataset of schema `image` or `text` with `quarantine.parquet` beside its shards, all of it or nothing.
 
     Rows that `erased` names, by id or by content, are left out. Splits depend on ids alone; `seed` moves the wording of made captions
     and the digits' noise. Gives the number of `rows`, of `rows_<split>`, of `quarantined` and, where there are some, of `erased` and of
@@ -89,10 +90,13 @@ def read_pool(cfg: Config, out: Path, *, seed: int = 0, erased: Erased = NOTHING
         trusted = replace(open_source(cfg.reference_source, cfg.model_copy(update={"digits_noise": 0.0}), out, seed), splits=None)
     classes = common_classes(pool, trusted, name, without_secrets(cfg.reference_source or ""))
     listed = read_uids(cfg.only) if cfg.only else None
-    want = first_image(pool, size=cfg.size, mode=cfg.mode, name=name)
+    texts = {parse_source(text)[0] == "texts" for text in (cfg.source, cfg.reference_source) if text}
+    if len(texts) > 1:
+        raise UserError("source and reference_source must both be texts, or both images")
+    want = None if texts == {True} else first_image(pool, size=cfg.size, mode=cfg.mode, name=name)
     info = Info(
-        "image",
-        shape=(1 if want.mode == "L" else 3, want.height, want.width),
+        "text" if want is None else "image",
+        shape=(0, 0, 0) if want is None else (1 if want.mode == "L" else 3, want.height, want.width),
         name=pool.name,
         licence=pool.licence,
         source=pool.origin,
@@ -144,10 +148,8 @@ def open_source(text: str, cfg: Config, out: Path, seed: int) -> Source:
         from tasks.pool import _folder
 
         source = _folder.read(files)
-    elif kind == "paths":
-        from tasks.pool import _paths
-
-        source = _paths.read(files, columns, prefix_ids=cfg.prefix_ids)
+    elif kind == "paths" or (kind == "texts" and not is_parquet(files)):
+        source = _tables.read(files, columns, prefix_ids=cfg.prefix_ids, texts=kind == "texts")
     elif kind == "pairs" and is_tar(files):
         from tasks.pool import _tar
 
@@ -155,7 +157,8 @@ def open_source(text: str, cfg: Config, out: Path, seed: int) -> Source:
     else:
         from tasks.pool import _parquet
 
-        source = _parquet.read(files, columns, prefix_ids=cfg.prefix_ids, pairs=kind == "pairs")
+        needs = {"parquet": ("image", "label"), "pairs": ("image", "caption"), "texts": ("caption",)}[kind]
+        source = _parquet.read(files, columns, prefix_ids=cfg.prefix_ids, needs=needs)
     if not source.total:
         raise UserError(f"source {without_secrets(text)} is empty: it has no rows")
     return source
@@ -180,7 +183,8 @@ def parse_source(text: str) -> tuple[str, str]:
     near = get_close_matches(kind, KINDS, n=1)
     hint = f"did you mean {near[0]!r}? " if near and near[0] != kind else ""
     raise UserError(
-        f"source {without_secrets(text)!r} is of no known kind; {hint}valid: digits, parquet:PATH, folder:PATH, pairs:PATH, paths:PATH"
+        f"source {without_secrets(text)!r} is of no known kind; {hint}valid: digits, "
+        "parquet:PATH, folder:PATH, pairs:PATH, paths:PATH, texts:PATH"
     )
 
 
@@ -190,6 +194,14 @@ def is_tar(files: Files) -> bool:
     if len(kinds) > 1:
         raise UserError(f"{without_secrets(files.address)} has both Parquet files and tar shards; name one kind with a glob such as *.tar")
     return kinds == {"tar"}
+
+
+def is_parquet(files: Files) -> bool:
+    """Whether texts come as Parquet files. Raises UserError where there are these and tables, or neither."""
+    kinds = {suffix(path) == "parquet" for path in files.only("parquet", *_tables.SUFFIXES).paths}
+    if len(kinds) > 1:
+        raise UserError(f"{without_secrets(files.address)} has both Parquet files and tables; name one kind with a glob such as *.jsonl")
+    return kinds == {True}
 
 
 def shares_to_draw(pool: Source, cfg: Config) -> dict[str, float]:

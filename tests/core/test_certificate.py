@@ -159,7 +159,7 @@ def test_what_is_no_certificate_gets_a_sentence(text: str | bytes) -> None:
         {"public_key": "AAAA"},
         {"samples": []},
         {"models": [None]},
-        {"samples": {"count": 1, "salt": "00" * 65, "ids": [], "images": []}},
+        {"samples": {"count": 1, "salt": "00" * 65, "ids": [], "contents": []}},
     ],
     ids=str,
 )
@@ -181,7 +181,7 @@ def test_facts_that_lack_something_are_not_signed(settings: Settings) -> None:
     with pytest.raises(ValueError, match="missing: purged"):
         sign(settings, short)
     with pytest.raises(ValueError, match=r"not as it must be: samples\.ids\.0"):
-        sign(settings, facts(samples={"count": 1, "salt": "", "ids": ["d00017"], "images": []}))
+        sign(settings, facts(samples={"count": 1, "salt": "", "ids": ["d00017"], "contents": []}))
 
 
 # keys
@@ -336,8 +336,8 @@ class Place:
 
     def certificate(self, **changes: Any) -> dict[str, Any]:
         listed = erased.Erased.read(self.settings.root / erased.FOLDER)
-        hashes = [sorted(value.hex() for value in some) for some in (listed.ids, listed.images)]
-        samples = {"count": len(self.rows), "salt": listed.salt.hex(), "ids": hashes[0], "images": hashes[1]}
+        hashes = [sorted(value.hex() for value in some) for some in (listed.ids, listed.contents)]
+        samples = {"count": len(self.rows), "salt": listed.salt.hex(), "ids": hashes[0], "contents": hashes[1]}
         journal = Journal(self.settings.home / "journal.jsonl").entries()[-1]["hash"]
         own = {"samples": samples, "models": [], "irreproducible": [], "journal": journal, "data": facts()["data"][:1]}
         return sign(self.settings, facts(**{**own, **changes}))
@@ -427,7 +427,7 @@ def test_a_suppression_list_that_lost_something_is_seen(place: Place) -> None:
 
 
 def test_a_certificate_without_samples_has_nothing_to_look_for(place: Place) -> None:
-    nothing = {"count": 0, "salt": "", "ids": [], "images": []}
+    nothing = {"count": 0, "salt": "", "ids": [], "contents": []}
     assert place.look(place.certificate(samples=nothing)) == {"rows of data/pool": None, "suppression list": None, "journal": True}
 
 

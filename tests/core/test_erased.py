@@ -22,15 +22,15 @@ def test_a_list_knows_what_was_put_on_it_and_nothing_else(tmp_path: Path) -> Non
     assert erased.add(tmp_path, TRACES, "r-1")
     found = Erased.read(tmp_path)
     assert found.has_id("alice-1")
-    assert found.has_image(image_digest(PIXELS.copy()))
+    assert found.has_content(image_digest(PIXELS.copy()))
     assert not found.has_id("alice-2")
-    assert not found.has_image(image_digest(PIXELS.reshape(1, 4, 16)))  # the same bytes in another form are another image
+    assert not found.has_content(image_digest(PIXELS.reshape(1, 4, 16)))  # the same bytes in another form are another image
 
 
 def test_there_is_no_list_where_nothing_was_erased(tmp_path: Path) -> None:
     found = Erased.read(tmp_path / "none")
     assert not found.has_id("alice-1")
-    assert not found.has_image(image_digest(PIXELS))
+    assert not found.has_content(image_digest(PIXELS))
 
 
 def test_putting_the_same_on_the_list_twice_changes_no_byte(tmp_path: Path) -> None:

@@ -194,10 +194,10 @@ def deleted(settings: Settings) -> dict[str, Any]:
     ref = store.version_ref("digits-teacher", 1)
     weights(settings, store).rename(settings.root / "hidden")
     model = {**examples.certificate()["models"][0], "version": 1, "replaced_by": 2, "sha256": ref.sha256}
-    ids, images = (sorted(value.hex() for value in some) for some in (listed.ids, listed.images))
+    ids, contents = (sorted(value.hex() for value in some) for some in (listed.ids, listed.contents))
     pool = files.folder_md5(settings.root / "data" / "pool")
     return examples.certificate(
-        samples={"count": 3, "salt": listed.salt.hex(), "ids": ids, "images": images},
+        samples={"count": 3, "salt": listed.salt.hex(), "ids": ids, "contents": contents},
         data=[{"path": "data/pool", "before": pool, "after": pool, "rows": 3}],
         models=[model],
         irreproducible=["0123456789abcdef" * 2 + ".dir"],

@@ -453,7 +453,7 @@ def certificate(**changes: Any) -> dict[str, Any]:
             "count": 12,
             "salt": "0f" * 16,
             "ids": [f"{k:032x}" for k in range(12)],
-            "images": [f"{k:032x}" for k in range(50, 62)],
+            "contents": [f"{k:032x}" for k in range(50, 62)],
         },
         "data": [
             {"path": "data/pool", "before": md5[0], "after": md5[1], "rows": 12},
@@ -485,7 +485,7 @@ def waiting_certificate() -> dict[str, Any]:
 
 def empty_certificate() -> dict[str, Any]:
     """A request for samples that nobody had."""
-    nothing = {"count": 0, "salt": "", "ids": [], "images": []}
+    nothing = {"count": 0, "salt": "", "ids": [], "contents": []}
     search = {"places": [], "files": 0, "rows": 0, "found": 0}
     lists: dict[str, Any] = {name: [] for name in ("data", "models", "purged", "irreproducible", "beyond")}
     return certificate(kind="concept", reason="", samples=nothing, search=search, tools={}, **lists)
@@ -511,7 +511,7 @@ def hard_certificate() -> dict[str, Any]:
     ]
     return certificate(
         reason=f"{MARKUP} {UNBROKEN} {ARABIC}",
-        samples={"count": 1_234_567, "salt": "ab" * 64, "ids": many, "images": many},
+        samples={"count": 1_234_567, "salt": "ab" * 64, "ids": many, "contents": many},
         data=[
             {"path": f"data/{LONG}", "before": UNBROKEN, "after": None, "rows": 10**9},
             {"path": CHINESE, "before": None, "after": ARABIC, "rows": 0},

@@ -41,7 +41,7 @@ class Samples(_Part):
     count: Count
     salt: Annotated[str, Field(pattern=r"^([0-9a-f]{2}){0,64}$")]
     ids: list[Hash]
-    images: list[Hash]
+    contents: list[Hash]
 
 
 class Data(_Part):

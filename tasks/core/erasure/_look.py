@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.core.erased import Traces, image_digest
+from tasks.core.erased import Traces, image_digest, text_digest
 from tasks.core.erasure._words import Words
 
 CHUNK, OVERLAP = 16 << 20, 1 << 20  # bytes of text at a time, and of those that are read again: a picture within text is no larger
@@ -41,7 +41,7 @@ class Unreadable(Exception):  # noqa: N818 (a finding, not an error)
 
 
 class Look(NamedTuple):
-    """What a file carries (`id`, `parent`, `image`), and how many rows and pictures were looked at."""
+    """What a file carries (`id`, `parent`, `image`, `text`), and how many rows and pictures were looked at."""
 
     carries: frozenset[str]
     rows: int
@@ -51,16 +51,19 @@ class Look(NamedTuple):
 class Looker:
     """Looks for traces in files.
 
-    shapes  (C, H, W) of the project's images: pictures of other sizes are not decoded; none: every picture is
+    shapes  (C, H, W) of the project's images: pictures of other sizes are not decoded; none: every picture is. Zeros: it has texts
+            without images, and every value of a column and line of a text is compared with the erased ones
     folder  where archives are unpacked
     """
 
     def __init__(self, traces: Traces, shapes: Collection[tuple[int, int, int]], folder: Path) -> None:
         self.words = Words(traces.ids)
         self._ids = pa.array(sorted(traces.ids), pa.string())
-        self._images = traces.images
-        self._sizes = {shape[1:] for shape in shapes}
-        self._modes = {"L" if shape[0] == 1 else "RGB" for shape in shapes} or {"L", "RGB"}
+        shown = [shape for shape in shapes if all(shape)]
+        self._contents = traces.contents
+        self._has_texts = len(shown) < len(shapes)
+        self._sizes = {shape[1:] for shape in shown}
+        self._modes = {"L" if shape[0] == 1 else "RGB" for shape in shown} or {"L", "RGB"}
         self._folder = folder
         self._looks: dict[bytes, Look] = {}
         self._others: set[bytes] = set()
@@ -127,7 +130,9 @@ class Looker:
         """What some bytes carry, pictures within them included."""
         if self.words.found(part) or (packed and self.words.packed(part)):
             yield "id"
-        if self._images:
+        if self._has_texts:
+            yield from ["text"] * any(self._said(line) for line in part.decode("utf-8", "replace").splitlines())
+        if self._contents:
             at = part.find(PICTURES[0], 1)
             while at >= 0:
                 end = part.find(b"IEND\xaeB`\x82", at)
@@ -191,14 +196,28 @@ class Looker:
         if pc.any(pc.is_in(column, value_set=self._ids.cast(column.type))).as_py():
             yield what
         elif column_of not in IDS:
-            yield from [what] * self.words.found("\n".join(text for text in column.to_pylist() if text).encode())
+            values = [text for text in column.to_pylist() if text]
+            yield from [what] * self.words.found("\n".join(values).encode())
+            yield from ["text"] * (self._has_texts and any(map(self._said, values)))
+
+    def _said(self, text: str) -> bool:
+        """Whether a text is one of those looked for, as it stands or as JSON writes it."""
+        return text_digest(text) in self._contents or (text.startswith("{") and self._told(text))
+
+    def _told(self, line: str) -> bool:
+        """Whether one of the values of an object in JSON is."""
+        try:
+            values = json.loads(line).values()
+        except ValueError:
+            return False
+        return any(isinstance(value, str) and text_digest(value) in self._contents for value in values)
 
     def _array(self, path: Path) -> Iterator[str]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.dtype == np.uint8 and array.ndim == 4:
             if not self._sizes or array.shape[2:] in self._sizes:
                 self._decoded += len(array)
-                yield from ["image"] * (bool(self._images) and any(image_digest(image) in self._images for image in array))
+                yield from ["image"] * (bool(self._contents) and any(image_digest(image) in self._contents for image in array))
         elif array.dtype.kind == "U":
             yield from self._strings(pa.array(np.ravel(array).tolist(), pa.string()), "")
         else:
@@ -241,7 +260,7 @@ class Looker:
         """Whether a picture, in the form of the project's images, is one of those looked for."""
         from PIL import Image
 
-        if not self._images:
+        if not self._contents:
             return False
         digest = hashlib.blake2b(blob, digest_size=16).digest()
         if digest in self._others:
@@ -253,7 +272,7 @@ class Looker:
                 self._decoded += 1
                 for mode in self._modes:
                     pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-                    if image_digest(pixels.reshape(image.height, image.width, -1).transpose(2, 0, 1)) in self._images:
+                    if image_digest(pixels.reshape(image.height, image.width, -1).transpose(2, 0, 1)) in self._contents:
                         return True
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return False  # no picture, only something that begins like one

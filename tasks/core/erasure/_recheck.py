@@ -38,22 +38,23 @@ def everything(settings: Settings, store: Store | None, facts: Facts, *, own: bo
 
 
 def carrying(folder: Path, samples: Samples) -> int:
-    """How many rows of a data folder carry one of the samples: by id, by a parent, or by what the image shows. Read as a stream.
+    """How many rows of a data folder carry one of the samples: by id, by a parent, or by content. Read as a stream.
 
     Every Parquet file of the folder is read, shards or not. Raises UserError, OSError, ValueError where it cannot be.
     """
     import pyarrow.parquet as pq
 
     from tasks.core.dataset import decode, read_info
-    from tasks.core.erased import image_digest, salted
+    from tasks.core.erased import image_digest, salted, text_digest
 
-    salt, shape = bytes.fromhex(samples.salt), read_info(folder).shape
-    ids, images = (frozenset(map(bytes.fromhex, hashes)) for hashes in (samples.ids, samples.images))
+    salt, info = bytes.fromhex(samples.salt), read_info(folder)
+    ids, contents = (frozenset(map(bytes.fromhex, hashes)) for hashes in (samples.ids, samples.contents))
+    content = "caption" if info.schema == "text" else "image"
     found = 0
     for path in sorted(folder.rglob("*.parquet")):
         with pq.ParquetFile(path) as file:
             texts = [name for name in ("sample_id", "value") if name in file.schema_arrow.names]  # `value`: of a row in quarantine
-            others = [name for name in ("parents", "image") if name in file.schema_arrow.names]
+            others = [name for name in ("parents", content) if name in file.schema_arrow.names]
             for batch in file.iter_batches(1024, columns=[*texts, *others]):
                 hit = [False] * batch.num_rows
                 for name in texts:
@@ -62,10 +63,13 @@ def carrying(folder: Path, samples: Samples) -> int:
                 if "parents" in others:
                     for at, parents in enumerate(batch["parents"].to_pylist()):
                         hit[at] |= any(salted(parent.encode(), salt) in ids for parent in parents or ())
-                if images and "image" in others:
+                if contents and content in others and content == "caption":
+                    for at, text in enumerate(batch[content].to_pylist()):
+                        hit[at] |= text is not None and salted(text_digest(text), salt) in contents
+                elif contents and content in others:
                     blobs = [(at, blob) for at, blob in enumerate(batch["image"].field("bytes").to_pylist()) if blob is not None]
-                    for (at, _), pixels in zip(blobs, decode([blob for _, blob in blobs], shape), strict=True):
-                        hit[at] |= salted(image_digest(pixels), salt) in images
+                    for (at, _), pixels in zip(blobs, decode([blob for _, blob in blobs], info.shape), strict=True):
+                        hit[at] |= salted(image_digest(pixels), salt) in contents
                 found += sum(hit)
     return found
 
@@ -75,7 +79,7 @@ def _rows(settings: Settings, facts: Facts) -> Iterator[Check]:
     named = {data.path for data in facts.data if (settings.root / data.path).resolve().is_relative_to(settings.root.resolve())}
     for path in sorted(folders | named):
         what, folder = f"rows of {path}", settings.root / path
-        if not (facts.samples.ids or facts.samples.images):
+        if not (facts.samples.ids or facts.samples.contents):
             yield Check(what, None, "the certificate names no samples to look for")
         elif not (folder / "dataset.json").exists():
             yield Check(what, None, "this folder is not here")
@@ -96,15 +100,15 @@ def _suppressed(settings: Settings, facts: Facts) -> Check:
         listed = Erased.read(settings.root / FOLDER)
     except UserError as error:
         return Check(what, False, str(error))
-    wanted = len(samples.ids) + len(samples.images)
+    wanted = len(samples.ids) + len(samples.contents)
     if not wanted:
         return Check(what, None, "the certificate names no samples to look for")
-    if len(listed.ids) + len(listed.images) == 0:
+    if len(listed.ids) + len(listed.contents) == 0:
         return Check(what, False, f"{FOLDER} is empty or not there: the samples could come back with the next pool")
     if listed.salt.hex() != samples.salt:
         return _by_number(settings.root / FOLDER / LIST, facts.request, wanted)
     missing = sum(bytes.fromhex(value) not in listed.ids for value in samples.ids)
-    missing += sum(bytes.fromhex(value) not in listed.images for value in samples.images)
+    missing += sum(bytes.fromhex(value) not in listed.contents for value in samples.contents)
     return Check(
         what, not missing, f"{missing} of {wanted} traces are not on it" if missing else "the samples cannot come back with a pool"
     )
@@ -115,7 +119,7 @@ def _by_number(path: Path, request: str, wanted: int) -> Check:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(path, columns=["request", "kind"]).to_pylist()
-    own = sum(row["request"] == request and row["kind"] in ("id", "image") for row in rows)
+    own = sum(row["request"] == request and row["kind"] in ("id", "content") for row in rows)
     if own >= wanted:
         return Check("suppression list", True, f"it holds {own} traces of this request, as many as the certificate has")
     why = f"it holds {own} of {wanted} traces of this request; whether the others came with another request cannot be seen from hashes"

@@ -1,7 +1,8 @@
 """What is left of erased samples? Opens everything that a project can reach, and names every place that still carries a trace.
 
 A trace is the id of a sample, as a value, as a parent, as a word of a text, in the name of a file; or its picture, pixel by pixel, in the
-form of the project's images. Nothing is passed over in silence: what cannot be opened is listed with the reason.
+form of the project's images; or its words, where the project has texts without images. Nothing is passed over in silence: what cannot be
+opened is listed with the reason.
 
 Beyond the search: other clones and backups, earlier versions of objects in a bucket that keeps them, records of servers that others run,
 copies of a picture at another size or after lossy compression, and what a network's weights remember, which is measured elsewhere.
@@ -29,7 +30,7 @@ from tasks.core.store import Store
 
 
 class Found(NamedTuple):
-    """A place that carries a trace. `what`: `id`, `parent`, `image`, or `name` where the path itself does."""
+    """A place that carries a trace. `what`: `id`, `parent`, `image`, `text`, or `name` where the path itself does."""
 
     place: str
     path: str
@@ -132,15 +133,16 @@ def opened(settings: Settings) -> Iterator[Any]:
 
 
 def shapes_of(settings: Settings, stores: list[DvcStore], listed: dict[str, dict[str, int]]) -> set[tuple[int, int, int]]:
-    """Shapes (C, H, W) that images have or had in any version of the project's data that can be reached."""
+    """Shapes (C, H, W) that images have or had in any version of the project's data that can be reached; zeros of texts alone."""
     found: set[tuple[int, int, int]] = set()
 
     def take(path: Path) -> None:
         try:
-            shape = tuple(json.loads(path.read_bytes())["shape"])
+            described = json.loads(path.read_bytes())
+            shape = tuple(described["shape"])
         except (OSError, ValueError, KeyError, TypeError):
             return
-        if len(shape) == 3 and all(shape):
+        if len(shape) == 3 and (all(shape) or described.get("schema") == "text"):
             found.add(shape)
 
     for path in (*settings.root.glob("data/*/dataset.json"), *settings.cache.glob("versions/*/*/dataset.json")):

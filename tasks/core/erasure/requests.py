@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from tasks.core import refs
+from tasks.core import erased, refs
 from tasks.core.dataset import Dataset
-from tasks.core.erased import LONGEST_CONCEPT, Traces, image_digest, words
+from tasks.core.erased import LONGEST_CONCEPT, Traces, words
 from tasks.core.errors import UserError
 from tasks.core.lineage import data_versions
 from tasks.core.refs import DataRef, open_data
@@ -146,15 +146,15 @@ def _traces(settings: Settings, chosen: Callable[[Dataset], Dataset]) -> Traces:
     if not versions:
         raise UserError("there is no data yet to forget from: 'retort run' makes it")
     ids: set[str] = set()
-    images: set[bytes] = set()
+    wanted: set[bytes] = set()
     for rows in versions:
-        picked = chosen(rows)
-        ids.update(picked.ids())
-        images.update(image_digest(image) for image in picked.images())
-    for rows in versions if images else ():  # the same picture may have come in twice
-        for names, pixels in rows.image_batches():
-            ids.update(name for name, image in zip(names, pixels, strict=True) if image_digest(image) in images)
-    return Traces(frozenset(ids), frozenset(images))
+        named, digests = erased.traces_of(chosen(rows))
+        ids |= named
+        wanted |= digests
+    for rows in versions if wanted else ():  # the same picture or text may have come in twice
+        for names, found in erased.contents(rows):
+            ids.update(name for name, content in zip(names, found, strict=True) if content in wanted)
+    return Traces(frozenset(ids), frozenset(wanted))
 
 
 def _pool(settings: Settings, md5: str) -> Dataset | None:
@@ -169,7 +169,7 @@ def _pool(settings: Settings, md5: str) -> Dataset | None:
 
 def receive(settings: Settings, store: Store, selection: Selection, policy: str, reason: str) -> Request:
     """Write a request down, or give the one that asks for the same samples already."""
-    request = refs.write_request(settings, sorted(selection.traces.ids), sorted(selection.traces.images))
+    request = refs.write_request(settings, sorted(selection.traces.ids), sorted(selection.traces.contents))
     if there := get(store, request):
         return there
     run = store.client.create_run(

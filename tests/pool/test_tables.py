@@ -1,16 +1,19 @@
-"""Tables of paths, and pools of the rows that a list of uids names."""
+"""Tables of paths and of texts, and pools of the rows that a list of uids names."""
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tasks.core import uids
+from tasks.core import erased, uids
 from tasks.core.dataset import Dataset
 from tasks.core.errors import UserError
 from tasks.pool.read import Config, fingerprint, read_pool
@@ -79,7 +82,7 @@ def test_a_table_without_the_columns_is_named(table: Path, tmp_path: Path, heade
 
 def test_a_folder_without_tables_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no file ending in \.csv, \.tsv"):
+    with pytest.raises(UserError, match=r"no file ending in \.csv, \.csv\.gz, \.tsv"):
         read_pool(Config(source=f"paths:{tmp_path / 'empty'}"), tmp_path / "pool")
 
 
@@ -100,3 +103,66 @@ def test_only_the_rows_that_a_list_of_uids_names_come_in(table: Path, tmp_path: 
     with pytest.raises(UserError, match="does not exist"):
         read_pool(cfg, tmp_path / "pool")
     assert Dataset.open(tmp_path / "pool").ids() == ["r1", "r4", "r5"]
+
+
+# texts
+
+TEXTS = ["A short text.", "Another, longer by a word or two.", "Zeilen\nmit Umbruch und Ümläuten"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "tsv", "parquet"])
+def test_texts_are_read_from_any_kind_of_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"texts.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": TEXTS, "sample_id": ["t0", "t1", "t2"], "image": [1, 2, 3]}), path)
+    elif kind.startswith("json"):
+        lines = "".join(json.dumps({"text": text, "sample_id": f"t{at}", "meta": {"more": at}}) + "\n" for at, text in enumerate(TEXTS))
+        path.write_bytes(gzip.compress(lines.encode()) if kind.endswith("gz") else lines.encode())
+    else:
+        tab = "\t" if kind == "tsv" else ","
+        path.write_text(tab.join(["sample_id", "text"]) + "\n" + "".join(f't{at}{tab}"{text}"\n' for at, text in enumerate(TEXTS)))
+    figures = read_pool(Config(source=f"texts:{path}", **PLAIN), tmp_path / "pool")
+    found = Dataset.open(tmp_path / "pool")
+    assert found.info.schema == "text"
+    assert found.info.shape == (0, 0, 0)
+    assert dict(zip(found.ids(), found.captions(), strict=True)) == {f"t{at}": text for at, text in enumerate(TEXTS)}
+    assert figures["rows"] == 3
+    assert figures["quarantined"] == 0
+    with pytest.raises(UserError, match="these rows are texts without images"):
+        found.images()
+
+
+def test_a_text_that_is_missing_or_no_line_of_json_is_set_aside(tmp_path: Path) -> None:
+    lines = ["no json", *(json.dumps({"text": f"text {at}"}) for at in range(5)), json.dumps({"text": " "}), "[1]"]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    cfg = Config(source=f"texts:{tmp_path / 'texts.jsonl'}", max_bad=0.5, **PLAIN)
+    assert read_pool(cfg, tmp_path / "pool")["quarantined"] == 3
+    reasons = pq.read_table(tmp_path / "pool" / "quarantine.parquet")["reason"].to_pylist()
+    assert sorted(reasons) == ["line is no object of JSON"] * 2 + ["text is missing"]
+    ids = Dataset.open(tmp_path / "pool").ids()
+    read_pool(cfg, tmp_path / "again")
+    assert Dataset.open(tmp_path / "again").ids() == ids, "a text without an id is named by its words"
+    (tmp_path / "texts.jsonl").write_bytes(b"\x1f\x8bnothing")
+    with pytest.raises(UserError, match="no column 'text'"):
+        read_pool(cfg, tmp_path / "pool")
+    (tmp_path / "texts.jsonl.gz").write_bytes(b"\x1f\x8bnothing")
+    with pytest.raises(UserError, match="cannot be read as a table"):
+        read_pool(Config(source=f"texts:{tmp_path / 'texts.jsonl.gz'}", **PLAIN), tmp_path / "pool")
+
+
+def test_a_text_that_was_erased_does_not_come_back_in_other_clothes(tmp_path: Path) -> None:
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text, "sample_id": f"t{at}"}) + "\n" for at, text in enumerate(TEXTS)))
+    cfg = Config(source=f"texts:{source}", **PLAIN)
+    read_pool(cfg, tmp_path / "pool")
+    erased.add(tmp_path / "erased", erased.traces_of(Dataset.open(tmp_path / "pool").with_ids(["t0"])), "r-1")
+    source.write_text(source.read_text() + json.dumps({"text": "a SHORT text", "sample_id": "new"}) + "\n")
+    figures = read_pool(cfg, tmp_path / "pool", erased=erased.Erased.read(tmp_path / "erased"))
+    assert figures["erased"] == 2
+    assert sorted(Dataset.open(tmp_path / "pool").ids()) == ["t1", "t2"]
+
+
+def test_images_and_texts_do_not_mix(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="must both be texts, or both images"):
+        read_pool(Config(source=f"paths:{table}", reference_source=f"texts:{tmp_path / 'texts.jsonl'}"), tmp_path / "pool")
