@@ -39,7 +39,8 @@ def main() -> None:
 @app.command()
 def run(
     source: Annotated[
-        str, typer.Option(help="Read this instead: digits, or parquet:, folder:, pairs: or paths: before a path. Kept in params.yaml.")
+        str,
+        typer.Option(help="Read this instead: digits, or parquet:, folder:, pairs:, paths:, texts: before a path. Kept in params.yaml."),
     ] = "",
 ) -> None:
     """Run the main job: from the source to a promoted model and a report."""

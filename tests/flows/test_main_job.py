@@ -9,15 +9,20 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from flows._session import Session
+from flows._session import Session, use
+from flows.evaluate import evaluate
+from flows.promote import promote
+from flows.train import train
 from tasks.__main__ import run_stage
 from tasks.core.errors import UserError
 from tasks.core.settings import Settings
 from tests import workspace
+from tests.flows.asking import several
 from tests.workspace import change
 
 pytestmark = pytest.mark.timeout(400)
@@ -241,26 +246,38 @@ def test_a_lock_file_that_was_cut_short_is_mended(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("flow", "arguments", "sentence"),
     [
-        (["run", "--source", "parquett:[x].parquet"], "source 'parquett:[x].parquet' is of no known kind; did you mean 'parquet'?"),
-        (["promote", "o'brien"], "there is no registered model"),
-        (["promote", "digits-student", "--version", "7"], "digits-student has no version or alias 7; it has candidate, champion, 1"),
-        (["promote", "nobody"], "there is no registered model 'nobody'; there are: digits-student, digits-teacher"),
-        (["evaluate", "digits-student@chmpion"], "digits-student has no version or alias 'chmpion'"),
-        (["lineage", "digits-student@9"], "digits-student has no version or alias '9'"),
-        (["train", "--data", "data/nothing"], "data/nothing is not there"),
-        (["train", "--data", "data/filtered@v9"], "revision 'v9' has no data at 'data/filtered'"),
-        (["methods", "--family", "nothing"], "there is no family 'nothing'"),
-        (["lineage", "what"], "neither a data folder nor NAME@alias"),
+        (promote, {"name": "o'brien"}, "there is no registered model"),
+        (promote, {"name": "digits-student", "version": 7}, "digits-student has no version or alias 7; it has candidate, champion, 1"),
+        (evaluate, {"names": ("digits-student@chmpion",)}, "digits-student has no version or alias 'chmpion'"),
+        (train, {"data": ("data/nothing",)}, "data/nothing is not there"),
+        (train, {"data": ("data/filtered@v9",)}, "revision 'v9' has no data at 'data/filtered'"),
     ],
 )
-def test_a_mistake_on_the_command_line_gets_one_sentence_and_status_2(finished: Path, words: list[str], sentence: str) -> None:
-    ran = workspace.retort(finished, *words)
-    shown = " ".join((ran.stdout + ran.stderr).split())
-    assert ran.returncode == 2, shown
-    assert sentence in shown
-    assert "Traceback" not in shown
+def test_a_mistake_in_what_is_asked_of_a_flow_is_found_by_its_plan(finished: Path, flow: Any, arguments: dict, sentence: str) -> None:
+    with use(Session(Settings(finished), planning=True)), pytest.raises(UserError, match=re.escape(sentence)):
+        flow.fn(**arguments)
+
+
+def test_a_mistake_on_the_command_line_gets_one_sentence_and_status_2(finished: Path) -> None:
+    told = several(
+        finished,
+        ["lineage", "digits-student@9"],
+        ["lineage", "what"],
+        ["methods", "--family", "nothing"],
+        ["run", "--source", "parquett:x"],
+    )
+    assert [one.status for one in told] == [2] * 4
+    shown = [" ".join((one.out + one.err).split()) for one in told]
+    assert "digits-student has no version or alias '9'" in shown[0]
+    assert "neither a data folder nor NAME@alias" in shown[1]
+    assert "there is no family 'nothing'" in shown[2]
+    assert "source 'parquett:x' is of no known kind; did you mean 'parquet'?" in shown[3]
+    ran = workspace.retort(finished, "promote", "nobody")
+    assert ran.returncode == 2
+    assert "there is no registered model 'nobody'; there are: digits-student, digits-teacher" in " ".join(ran.stdout.split())
+    assert "Traceback" not in "".join([*shown, ran.stdout, ran.stderr])
 
 
 def test_an_older_version_of_the_data_can_be_trained_on(copy: Path) -> None:
