@@ -47,13 +47,15 @@ def scored(
     size: int,
     what: str = "score pool",
 ) -> Scores:
-    """The scores (N,) of all rows, in order: `prepare` reads a batch of at most `size` rows with these columns, `score` judges it.
+    """The scores (N,) or (N, k) of all rows, in order: `prepare` reads a batch of at most `size` rows with these columns,
+    `score` judges it.
 
     The next batch is prepared while one is judged. key: what the scores depend on besides the rows. Pieces lie in the project's cache
     until all are there; nothing else of the pool is in memory than three batches.
     """
     place = _place(pool, key) if len(pool) > PIECE else None
-    scores, ticks, columns = np.empty(len(pool), dtype=np.float32), track(range(len(pool)), what), list(columns)
+    found: list[Scores] = []
+    ticks, columns = track(range(len(pool)), what), list(columns)
     with ThreadPoolExecutor(1) as ahead:
         for start in range(0, len(pool), PIECE):
             stop = min(start + PIECE, len(pool))
@@ -70,11 +72,11 @@ def scored(
                     files.write_bytes(place / f"{start}.npy", out.getvalue())
             else:
                 sum(1 for _ in islice(ticks, stop - start))
-            scores[start:stop] = kept
+            found.append(kept)
     next(ticks, None)
     if place:
         shutil.rmtree(place, ignore_errors=True)
-    return scores
+    return np.concatenate(found) if found else np.empty(0, dtype=np.float32)
 
 
 def _prepared(batches: Iterator[pa.RecordBatch], prepare: Callable[[pa.RecordBatch], T], ahead: ThreadPoolExecutor) -> Iterator[T]:
@@ -103,6 +105,6 @@ def _place(pool: Dataset, key: str) -> Path | None:
 def _read(path: Path, rows: int) -> Scores | None:
     with contextlib.suppress(OSError, ValueError):
         found = np.load(path, allow_pickle=False)
-        if found.shape == (rows,):
+        if len(found) == rows:
             return np.asarray(found, dtype=np.float32)
     return None

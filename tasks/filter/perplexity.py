@@ -27,21 +27,20 @@ Limits  What is easily foretold is kept: long captions of fixed words (25 charac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
+from torch import nn
 
 from tasks.core import loop
 from tasks.core.dataset import Dataset, decode
 from tasks.core.errors import UserError
 from tasks.core.method import Made, MethodConfig, method
-from tasks.core.progress import track
 from tasks.filter._captioners import Captioner, Loaded, Pixels, Reader, fit
+from tasks.filter._resume import digest, scored
 from tasks.filter._shared import Mask, Scores, keep_top, survivors, verdicts, words
 
 NOTHING = (0, 0, 0)  # the shape of the images of a pool of texts
@@ -74,11 +73,10 @@ class Config(MethodConfig):
 SMOKE = Config(keep=0.5, by_length=True, steps=4, batch=16, channels=4, width=16, layers=1)
 
 
-def rows_of(data: Dataset, sees: bool, longest: int, size: int) -> Iterator[tuple[pa.Array, Pixels, list[str]]]:
-    """Stream ids, images (n, C, H, W) where they are to be seen, and captions, stripped and cut; n <= size."""
-    for batch in data.batches(["sample_id", "caption", *(["image"] if sees else [])], size):
-        images = decode(batch.column(2).field("bytes").to_pylist(), data.info.shape) if sees else None
-        yield batch.column(0), images, [(text or "").strip()[:longest] for text in batch.column(1).to_pylist()]
+def read_pairs(batch: pa.RecordBatch, shape: tuple[int, int, int] | None, longest: int) -> tuple[Pixels, list[str]]:
+    """Images (n, C, H, W), where they have a shape and are to be seen, and captions, stripped and cut."""
+    images = decode(batch.column("image").field("bytes").to_pylist(), shape) if shape else None
+    return images, [(text or "").strip()[:longest] for text in batch.column("caption").to_pylist()]
 
 
 def read_reference(reference: Dataset, sees: bool, longest: int) -> tuple[Pixels, list[str]]:
@@ -88,9 +86,10 @@ def read_reference(reference: Dataset, sees: bool, longest: int) -> tuple[Pixels
     """
     pieces: list[Any] = []
     captions: list[str] = []
-    for ids, images, texts in rows_of(reference, sees, longest, 1024):
+    for batch in reference.batches(["sample_id", "caption", *(["image"] if sees else [])], 1024):
+        images, texts = read_pairs(batch, reference.info.shape if sees else None, longest)
         if "" in texts:
-            raise UserError(f"reference row {ids[texts.index('')].as_py()!r} has no caption; every reference row needs one")
+            raise UserError(f"reference row {batch.column(0)[texts.index('')].as_py()!r} has no caption; every reference row needs one")
         pieces.append(images)
         captions += texts
     if not captions:
@@ -98,30 +97,31 @@ def read_reference(reference: Dataset, sees: bool, longest: int) -> tuple[Pixels
     return np.concatenate(pieces) if sees else None, captions
 
 
-def score_pool(
-    reader: Reader, pool: Dataset, sees: bool, longest: int, at_once: int
-) -> tuple[pa.ChunkedArray, Scores, npt.NDArray[np.int64]]:
-    """Ids, minus the mean loss of the tokens, and their number, of all rows in order. Only these pile up.
+def score_pool(reader: Reader, pool: Dataset, sees: bool, longest: int, at_once: int, key: str) -> tuple[Scores, npt.NDArray[np.int64]]:
+    """Minus the mean loss of the tokens, and their number, of all rows in order. `key`: what they depend on besides the rows.
 
     A row without a caption has the lowest score of all. Raises UserError where there is no other.
     """
-    ids, at = [], 0
-    scores, lengths = np.full(len(pool), np.nan, dtype=np.float32), np.zeros(len(pool), dtype=np.int64)
-    ticks = track(range(len(pool)), "score pool")
-    for names, images, captions in rows_of(pool, sees, longest, at_once):
-        told = np.array([bool(text) for text in captions])
+
+    def prepare(batch: pa.RecordBatch) -> tuple[Pixels, list[str]]:
+        return read_pairs(batch, pool.info.shape if sees else None, longest)
+
+    def score(pairs: tuple[Pixels, list[str]]) -> Scores:
+        images, captions = pairs
+        told = np.array([bool(text) for text in captions], dtype=bool)
+        made = np.full((len(captions), 2), (np.nan, 0), dtype=np.float32)
         if told.any():
             losses, counts = reader(None if images is None else images[told], [text for text in captions if text])
-            here = at + np.flatnonzero(told)
-            scores[here], lengths[here] = -losses.cpu().numpy(), counts.cpu().numpy()
-        ids.append(names)
-        at += sum(1 for _ in islice(ticks, len(captions)))
-    next(ticks, None)
+            made[told] = np.stack([-losses.cpu().numpy(), counts.cpu().numpy()], axis=1)
+        return made
+
+    found = scored(pool, ["caption", *(["image"] if sees else [])], prepare, score, key=key, size=at_once)
+    scores, lengths = found[:, 0].copy(), found[:, 1].astype(np.int64)
     silent = np.isnan(scores)
     if silent.all():
         raise UserError("no row of the pool has a caption of which the model can tell a perplexity")
     scores[silent] = np.nextafter(scores[~silent].min(), np.float32(-np.inf))
-    return pa.chunked_array(ids, pa.string()), scores, lengths
+    return scores, lengths
 
 
 def within_lengths(scores: Scores, lengths: npt.NDArray[np.int64], groups: int = LENGTHS) -> Scores:
@@ -178,7 +178,8 @@ def perplexity(pool: Dataset, reference: Dataset, cfg: Config = Config(), *, see
     with loop.seeded(seed) as generator:
         reader: Reader
         if cfg.model:
-            reader = Loaded(cfg.model, shape, cfg.prompt, device)
+            reader = loaded = Loaded(cfg.model, shape, cfg.prompt, device)
+            model: nn.Module = loaded.model
         else:
             images, captions = read_reference(reference, sees, cfg.longest)
             mean, std = (0.0, 1.0) if images is None else loop.pixel_stats(images)
@@ -197,8 +198,10 @@ def perplexity(pool: Dataset, reference: Dataset, cfg: Config = Config(), *, see
                 generator=generator,
                 device=device,
             )
-            reader = net.read
-        ids, scores, lengths = score_pool(reader, pool, sees, cfg.longest, cfg.at_once)
+            reader, model = net.read, net
+        key = digest(model, cfg.condition, cfg.prompt, str(cfg.longest))
+        scores, lengths = score_pool(reader, pool, sees, cfg.longest, cfg.at_once, key)
+    ids = pool.column("sample_id")
     if cfg.threshold is None:
         kept, cut = keep_top(within_lengths(scores, lengths) if cfg.by_length else scores, ids, count)
         reason = f"perplexity above the lowest {100 * cfg.keep:.4g}%" + (" of its length" if cfg.by_length else "")

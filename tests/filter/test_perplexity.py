@@ -239,7 +239,7 @@ def test_a_score_does_not_depend_on_what_is_scored_beside_it(judged: tuple[Datas
     mixed = make(pool.parts[0].folder.parent / "mixed", [*CAPTIONS, *pool.captions()[:9]], pool.images()[:12])
     with loop.seeded(1):
         net = Captioner((1, 8, 8), channels=8, prefix=4, width=32, layers=2).eval()
-    scores = {size: score_pool(net.read, mixed, True, 256, size)[1] for size in (1, 5, 12)}
+    scores = {size: score_pool(net.read, mixed, True, 256, size, "key")[0] for size in (1, 5, 12)}
     np.testing.assert_allclose(scores[1], scores[12], atol=1e-5)
     np.testing.assert_allclose(scores[5], scores[12], atol=1e-5)
     some = perplexity(pool.take(np.arange(30)), reference, QUICK.model_copy(update={"at_once": 7}), seed=1)
