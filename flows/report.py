@@ -210,6 +210,7 @@ def samples() -> dict[str, Any]:
         galleries.extend(rows.extremes(judged, found["scores"], SHOWN))
     if "data/condensed" in there:
         galleries.append(rows.condensed(Dataset.open(root / "data/condensed"), CONDENSED))
+        found["course"] = rows.course(root / "data/condensed")
     if "data/generated" in there:
         trusted = pool.split("reference")
         made = Dataset.open(root / "data/generated")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tasks.condense import _classes, _shared
+from tasks.condense._course import Course
 from tasks.core import loop
 from tasks.core.dataset import Dataset
 from tasks.core.method import Made, method
@@ -127,6 +128,7 @@ def learn(
     kinds: tuple[str, ...],
     generator: torch.Generator,
     device: str,
+    watch: Course,
 ) -> tuple[Tensor, tuple[dict[str, float], ...]]:
     """Learned images (n, C, H, W) and the course of the loss for each class.
 
@@ -134,6 +136,7 @@ def learn(
     `groups[i]`. All are standardised; without `kinds` nothing is augmented.
     """
     images = images.to(device).clone().requires_grad_()
+    watch(0, images)
     optimiser = torch.optim.SGD([images], lr=lr, momentum=MOMENTUM)
     curve, since, every = [], [], max(1, steps // 50)
     for step in track(range(1, steps + 1), "condense"):
@@ -153,6 +156,7 @@ def learn(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
+        watch(step, images)
         since.append(sum(part.item() for part in losses) / len(losses))
         if step % every == 0 or step == steps:
             curve.append({"step": float(step), "loss": sum(since) / len(since)})
@@ -175,6 +179,7 @@ def distribution_matching(data: Dataset, held_out: Dataset, n: int, cfg: Config 
         counts = _classes.shares(groups, n)
         first = np.concatenate([at[torch.randperm(len(at), generator=generator)[: counts[c]].numpy()] for c, at in groups.items()])
         real = (loop.to_float(source.images) - source.mean) / source.std
+        course = Course(cfg.outer_steps, source.mean, source.std)
         learned, curve = learn(
             real[first],
             real,
@@ -187,6 +192,7 @@ def distribution_matching(data: Dataset, held_out: Dataset, n: int, cfg: Config 
             kinds=(*KINDS, *(["flip"] if cfg.flips else [])) if cfg.augmentation else (),
             generator=generator,
             device=device,
+            watch=course,
         )
         pixels = learned.cpu() * source.std + source.mean
         with torch.no_grad():
@@ -201,4 +207,5 @@ def distribution_matching(data: Dataset, held_out: Dataset, n: int, cfg: Config 
     }
     if curve:
         figures |= {"matching_loss_first": curve[0]["loss"], "matching_loss": curve[-1]["loss"]}
-    return Made(_shared.condensed_rows("distribution_matching", pixels, targets, first, source.ids, labels[first]), figures, curve)
+    rows = _shared.condensed_rows("distribution_matching", pixels, targets, first, source.ids, labels[first])
+    return Made(rows, figures, curve, course.rows(rows["sample_id"].to_pylist()))

@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tasks.condense import _shared
+from tasks.condense._course import Course
 from tasks.core import loop
 from tasks.core.dataset import Dataset
 from tasks.core.method import Made, method
@@ -125,9 +126,11 @@ def learn(
     flips: bool,
     generator: torch.Generator,
     device: str,
+    watch: Course,
 ) -> tuple[Tensor, Tensor, tuple[dict[str, float], ...]]:
     """The outer loop of KRR-ST: learned images (n, C, H, W), learned targets (n, dim), and the course of the loss."""
     images, targets = images.to(device).clone().requires_grad_(), targets.to(device).clone().requires_grad_()
+    watch(0, images)
     if steps == 0:
         return images.detach(), targets.detach(), ()
     pool = Pool(
@@ -156,6 +159,7 @@ def learn(
         optimiser.step()
         schedule.step()
         pool.advance(at, images.detach(), targets.detach())
+        watch(step, images)
         since.append(loss)
         if step % every == 0 or step == steps:
             curve.append({"step": float(step), "loss": sum(since) / len(since)})
@@ -175,6 +179,7 @@ def krr_st(data: Dataset, held_out: Dataset, n: int, cfg: Config = Config(), *, 
         drawn = _shared.random_positions(len(source.ids), n, generator)
         real = {"random": drawn, "kmeans": _shared.kmeans_positions(source.targets.numpy(), n, seed)}
         arms = {name: (loop.to_float(source.images[at]), source.targets[at]) for name, at in real.items()}
+        course = Course(cfg.outer_steps)
         images, targets, curve = learn(
             *arms["random"],
             source,
@@ -190,6 +195,7 @@ def krr_st(data: Dataset, held_out: Dataset, n: int, cfg: Config = Config(), *, 
             flips=cfg.flips,
             generator=generator,
             device=device,
+            watch=course,
         )
         arms["krr_st"] = (images, targets)
         losses = _shared.held_out_losses(arms, held_out, source, **cfg.for_measuring(), seed=seed, device=device)
@@ -201,4 +207,5 @@ def krr_st(data: Dataset, held_out: Dataset, n: int, cfg: Config = Config(), *, 
         "encoder_loss": source.encoder_loss,
         "pixels_moved": float((images.cpu() - arms["random"][0]).abs().mean()) / source.std,
     }
-    return Made(_shared.condensed_rows("krr_st", images, targets, drawn, source.ids), figures, curve)
+    rows = _shared.condensed_rows("krr_st", images, targets, drawn, source.ids)
+    return Made(rows, figures, curve, course.rows(rows["sample_id"].to_pylist()))

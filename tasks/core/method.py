@@ -46,11 +46,13 @@ class Made:
     rows     table in the family's schema (see `core.dataset.SCHEMAS`)
     figures  named numbers for `dvc metrics`
     curve    one mapping per logged step for `dvc plots`; every row has a `step`
+    course   how rows came to be, where that can be shown: columns `step`, `sample_id` and `image`
     """
 
     rows: pa.Table
     figures: dict[str, float] = field(default_factory=dict)
     curve: tuple[dict[str, float], ...] = ()
+    course: pa.Table | None = None
 
 
 def method(*, paper: str, claim: str, arxiv: str = "") -> Callable[[F], F]:

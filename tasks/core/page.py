@@ -60,6 +60,14 @@ class ClassRow:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Images as they were after a number of steps."""
+
+    step: int
+    images: Images
+
+
+@dataclass(frozen=True)
 class Scores:
     """A filter's scores (N,), whether each row was kept, and where all of it is known whether its caption is right."""
 
@@ -121,6 +129,7 @@ class Page:
     request: str = ""
     scores: Scores | None = None
     galleries: Sequence[Gallery] = ()
+    course: Sequence[Moment] = ()
     class_rows: Sequence[ClassRow] = ()
     class_rows_of: int = 0
     data: Sequence[Data] = ()
@@ -245,7 +254,11 @@ def render_card(card: Card) -> str:
 
 def pictures(page: Page) -> int:
     """How many pictures of samples the page shows."""
-    return sum(len(g.pictures) for g in page.galleries) + sum(len(row.real) + len(row.made) for row in page.class_rows)
+    return (
+        sum(len(g.pictures) for g in page.galleries)
+        + sum(len(row.real) + len(row.made) for row in page.class_rows)
+        + sum(len(moment.images) for moment in page.course)
+    )
 
 
 def headline(decisions: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

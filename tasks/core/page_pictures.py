@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.parquet as pq
 
 from tasks.core.dataset import Dataset, Part, decode, read_info
-from tasks.core.page import ClassRow, Gallery, Picture, Scores
+from tasks.core.page import ClassRow, Gallery, Moment, Picture, Scores
 
 Ints = npt.NDArray[np.int64]
 
@@ -86,6 +87,17 @@ def condensed(data: Dataset, count: int) -> Gallery:
     text = f"{len(data):,} learned samples that stand for all kept rows" + (f"; {len(chosen)} of them." if len(chosen) < len(data) else ".")
     pictures = tuple(Picture(p.image, p.note or p.caption) for p in rows_at(data, chosen))
     return Gallery("Condensed", text, pictures, "condensed sample", small=True)
+
+
+def course(folder: Path) -> tuple[Moment, ...]:
+    """A few condensed samples at some moments while they were learned; none where nobody kept them."""
+    path = folder / "course.parquet"
+    if not path.exists():
+        return ()
+    table, shape = pq.read_table(path), read_info(folder).shape
+    images = decode(table["image"].combine_chunks().field("bytes").to_pylist(), shape)
+    steps = table["step"].to_numpy()
+    return tuple(Moment(int(step), tuple(images[steps == step])) for step in np.unique(steps))
 
 
 def by_class(real: Dataset, made: Dataset, count: int, classes: int) -> tuple[ClassRow, ...]:

@@ -48,11 +48,14 @@ def number(settings: dict[str, Any], stage: str, key: str) -> int:
 
 
 def write_made(settings: Settings, stage: str, info: Info, made: Made, aside: pa.Table | None = None) -> None:
-    """Write a method's rows as the stage's dataset, its figures and curve beside the others, and rows set aside as a file of it."""
+    """Write a method's rows as the stage's dataset, its figures and curve beside the others, and as files of it rows set aside and
+    how rows came to be."""
     with Writer(settings.root / "data" / FOLDERS[stage], info) as out:
         out.write(made.rows)
         if aside is not None and aside.num_rows:
             write_parquet(out.temporary / "quarantine.parquet", aside)
+        if made.course is not None:
+            write_parquet(out.temporary / "course.parquet", made.course)
     write_figures(settings, stage, {"rows": made.rows.num_rows, **made.figures}, made.curve)
 
 

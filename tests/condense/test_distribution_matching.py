@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tasks.condense._course import Course
 from tasks.condense.distribution_matching import KINDS, SMOKE, augmented, distribution_matching, embedder, learn, matching_loss
 from tasks.core.dataset import Dataset
 from tasks.core.errors import UserError
@@ -23,7 +24,7 @@ def started(**changes: object) -> tuple[torch.Tensor, torch.Tensor, tuple[dict[s
     first = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(0)
     how = {"widths": (8, 8), "steps": 60, "batch": 20, "lr": 1.0, "kinds": (), "generator": torch.Generator().manual_seed(0)} | changes
-    learned, curve = learn(first, real, [np.arange(20), np.arange(20, 40)], [2, 2], **how, device="cpu")  # type: ignore[arg-type]
+    learned, curve = learn(first, real, [np.arange(20), np.arange(20, 40)], [2, 2], **how, device="cpu", watch=Course(1))  # type: ignore[arg-type]
     return first, learned, curve
 
 
@@ -121,7 +122,18 @@ def test_the_gradient_of_an_image_does_not_fall_with_the_number_of_its_class() -
         torch.manual_seed(0)
         first = real[:1].expand(count, -1, -1, -1) * 0.5
         learned, _ = learn(
-            first, real, [np.arange(9)], [count], widths=(4,), steps=1, batch=9, lr=0.1, kinds=(), generator=torch.Generator(), device="cpu"
+            first,
+            real,
+            [np.arange(9)],
+            [count],
+            widths=(4,),
+            steps=1,
+            batch=9,
+            lr=0.1,
+            kinds=(),
+            generator=torch.Generator(),
+            device="cpu",
+            watch=Course(1),
         )
         moved.append(learned[0] - first[0])
     torch.testing.assert_close(moved[0], moved[1], atol=1e-5, rtol=1e-3)

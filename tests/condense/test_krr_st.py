@@ -11,7 +11,7 @@ from tasks.condense import _shared
 from tasks.condense.krr_st import SMOKE, Config, Pool, krr_st, outer_gradient
 from tasks.condense.random import Config as RandomConfig
 from tasks.condense.random import random
-from tasks.core.dataset import Dataset
+from tasks.core.dataset import Dataset, decode
 from tasks.core.errors import UserError
 
 
@@ -80,6 +80,23 @@ def test_without_outer_steps_it_is_the_random_baseline(tiny: Dataset) -> None:
         assert ours.rows[column].equals(theirs.rows[column])
     assert ours.figures["heldout_loss"] == ours.figures["heldout_loss_random"] == theirs.figures["heldout_loss"]
     assert ours.figures["won_over_random"] == 0
+
+
+def test_the_course_leads_from_real_images_to_what_was_learned(tiny: Dataset) -> None:
+    data = tiny.split("train")
+    made = krr_st(data, tiny.split("validation"), 20, SMOKE.model_copy(update={"outer_steps": 32}), seed=2)
+    assert made.course is not None
+    steps = made.course["step"].to_numpy().reshape(-1, 12)
+    assert steps[:, 0].tolist() == [0, 1, 2, 4, 8, 16, 32]
+    assert (steps == steps[:, :1]).all()
+    images = decode(made.course["image"].combine_chunks().field("bytes").to_pylist(), (1, 8, 8)).reshape(7, 12, 1, 8, 8)
+    rows = dict(zip(made.rows["sample_id"].to_pylist(), made.rows.to_pylist(), strict=True))
+    real = dict(zip(data.ids(), data.images(), strict=True))
+    for at, name in enumerate(made.course["sample_id"].to_pylist()[:12]):
+        np.testing.assert_array_equal(images[0, at], real[rows[name]["parents"][0]])
+        np.testing.assert_array_equal(images[-1, at], decode([rows[name]["image"]["bytes"]], (1, 8, 8))[0])
+    still = krr_st(data, tiny.split("validation"), 20, SMOKE.model_copy(update={"outer_steps": 0}), seed=2)
+    assert still.course is None
 
 
 def test_parents_are_all_source_rows_and_no_held_out_row(tiny: Dataset) -> None:

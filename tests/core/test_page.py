@@ -98,7 +98,9 @@ def test_page_loads_nothing_and_runs_nothing(html: str) -> None:
 def test_every_picture_says_what_it_shows(html: str) -> None:
     watcher = read(html)
     by_class = re.findall(r'alt="(?:real|generated) image of class', html)
-    assert watcher.tags.count("img") == 16 * 3 + 50 + len(by_class)
+    in_course = re.findall(r'alt="sample \d+ after \d steps', html)
+    assert len(in_course) == 5 * 12
+    assert watcher.tags.count("img") == 16 * 3 + 50 + len(by_class) + len(in_course)
     assert len(by_class) > 50
     assert len(watcher.alts) >= watcher.tags.count("img") + watcher.tags.count("svg")
     assert all(watcher.alts)

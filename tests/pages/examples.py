@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
+from tasks.condense._course import Course
 from tasks.core import metrics, page_claims, page_pictures
 from tasks.core.card import Card, Source
-from tasks.core.dataset import SCHEMAS, Dataset, Writer, encode, image_column
+from tasks.core.dataset import SCHEMAS, Dataset, Writer, encode, image_column, write_parquet
 from tasks.core.dataset import Info as DataInfo
 from tasks.core.files import folder_md5
 from tasks.core.metrics import Figure
@@ -68,6 +70,10 @@ def project(tiny: Dataset, folder: Path) -> Path:
     }
     with Writer(folder / "condensed", replace(tiny.info, schema="condensed", made_by={"method": "condense.krr_st"})) as out:
         out.write(pa.table(learned, SCHEMAS["condensed"]))
+        course, drift = Course(8), torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5
+        for step in range(9):
+            course(step, torch.from_numpy(images[few] / 255) + step * drift / 8)
+        write_parquet(out.temporary / "course.parquet", course.rows(learned["sample_id"]))
     made = np.concatenate([np.flatnonzero(labels == k)[:6] for k in range(10)])
     noise = rng.integers(-40, 40, (60, 1, 8, 8))
     generated = {
@@ -207,6 +213,7 @@ def example(folder: Path, **changes: Any) -> Page:
             *page_pictures.extremes(rows, scores, 16),
             page_pictures.condensed(Dataset.open(folder / "condensed"), 60),
         ],
+        course=page_pictures.course(folder / "condensed"),
         class_rows=page_pictures.by_class(pool.split("reference"), made, 5, 20),
         class_rows_of=10,
         data=[
