@@ -190,7 +190,9 @@ def data() -> list[Data]:
         if path in present():
             info = read_info(here.settings.root / path)
             by = str((info.made_by or {}).get("method", ""))
-            found.append(Data(path, data_ref(here.settings, path).md5, info.rows, by, _dvc.figures(here.settings, stage)))
+            # what is counted of each class is drawn, and not listed
+            figures = {name: value for name, value in _dvc.figures(here.settings, stage).items() if ": " not in name}
+            found.append(Data(path, data_ref(here.settings, path).md5, info.rows, by, figures))
     return found
 
 
@@ -208,6 +210,9 @@ def samples() -> dict[str, Any]:
     if "data/filtered" in there:
         judged, found["scores"] = rows.judged(root / "data/pool", root / "data/filtered")
         galleries.extend(rows.extremes(judged, found["scores"], SHOWN))
+        counted = _dvc.figures(session().settings, "filter")
+        for what, kind in (("concepts", "frequency: "), ("tail", "tail: ")):
+            found[what] = {name.removeprefix(kind): value for name, value in counted.items() if name.startswith(kind)}
     if "data/condensed" in there:
         galleries.append(rows.condensed(Dataset.open(root / "data/condensed"), CONDENSED))
         found["course"] = rows.course(root / "data/condensed")

@@ -160,13 +160,14 @@ def _stitch(given: list[int], taken: list[int]) -> nn.Module:
 
 
 KINDS: dict[str, type[Net]] = {"convnet": ConvNet, "simplex": Simplex, "stitched": Stitched}
-# diffusion models, in modules of their own, which import this one: they are read when one is wanted
-ELSEWHERE = {"denoiser": ("tasks.core.denoiser", "ClassDenoiser"), "text_denoiser": ("tasks.core.text_to_image", "TextDenoiser")}
+# in modules of their own, which import this one: they are read when one is wanted
+DRAWING = {"denoiser": ("tasks.core.denoiser", "ClassDenoiser"), "text_denoiser": ("tasks.core.text_to_image", "TextDenoiser")}
+ELSEWHERE = {**DRAWING, "clip": ("tasks.core.clip", "ClipClassifier")}
 
 
 def draws(arch: dict[str, Any]) -> bool:
     """Whether a network of this description draws images, and tells none apart."""
-    return arch["kind"] in ELSEWHERE
+    return arch["kind"] in DRAWING
 
 
 def build(arch: dict[str, Any]) -> Net:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,8 @@ class Page:
     scores: Scores | None = None
     galleries: Sequence[Gallery] = ()
     course: Sequence[Moment] = ()
+    concepts: Mapping[str, float] = field(default_factory=dict)
+    tail: Collection[str] = ()
     class_rows: Sequence[ClassRow] = ()
     class_rows_of: int = 0
     data: Sequence[Data] = ()
@@ -223,6 +225,7 @@ def render(page: Page) -> str:
         times={name: run_time(name, page.seconds) for name in page.forgetting},
         scores=_scores(page.scores),
         scored=_scored(page.scores),
+        concepts=charts.long_tail(page.concepts, page.tail, "Rows by the class that their caption names") if page.concepts else "",
         settings=without_secrets(page.settings),
     )
     return text

@@ -9,7 +9,7 @@ import base64
 import io
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -234,6 +234,35 @@ def histogram(
     parts.append(words(left + wide + 14, middle - half / 2, f"{names[0]} ({len(above):,})", "t first-t"))
     parts.append(words(left + wide + 14, middle + half / 2, f"{names[1]} ({len(below):,})", "t second-t"))
     return svg(left + wide + 130, top + 2 * half + 26, f"Scores of {names[0]} rows and of {names[1]} rows{said}", *parts)
+
+
+def long_tail(counts: Mapping[str, float], tail: Collection[str], what: str) -> Markup:
+    """How often each name occurs, the most frequent first; those of the tail in another colour. Names stand below where there is room."""
+    left, top, wide, tall = 64, 12, 920, 150
+    found = sorted(counts.items(), key=lambda pair: -pair[1])
+    most = max(max(counts.values(), default=0.0), 1.0)
+    each = wide / max(len(found), 1)
+    parts: list[str] = []
+    for mark in ticks(0, most, 4):
+        y = top + tall * (1 - mark / most)
+        if y >= 0:
+            parts.append(line(left, y, left + wide, y, "grid"))
+            parts.append(words(left - 8, y + 4, f"{mark:,.4g}", "t small", text_anchor="end"))
+    for at, (name, count) in enumerate(found):
+        height, x = max(tall * count / most, 0.5), left + each * at
+        title = tag("title", f"{name}: {count:,.0f}{', of the tail' if name in tail else ''}")
+        width = max(each - (2 if each > 6 else 0), 0.5)
+        parts.append(
+            tag("rect", title, x=x, y=top + tall - height, width=width, height=height, class_="second" if name in tail else "first")
+        )
+        if len(found) <= 30:
+            middle = x + each / 2
+            at_foot = f"rotate(-35 {middle:.1f} {top + tall + 14:.1f})"
+            parts.append(words(middle, top + tall + 14, fit(name, 110, 11.5, bold=False), "t small", text_anchor="end", transform=at_foot))
+    parts.append(line(left, top + tall, left + wide, top + tall, "axis"))
+    label = f"{what}: from {found[0][1]:,.0f} of {found[0][0]} down to {found[-1][1]:,.0f} of {found[-1][0]}" if found else what
+    foot = 26 + 4 * min(max(map(len, counts), default=0), 16) if len(found) <= 30 else 12
+    return svg(left + wide + 12, top + tall + foot, label, *parts)
 
 
 def data_uri(image: npt.NDArray[np.uint8]) -> str:

@@ -15,6 +15,7 @@ from tasks.core.networks import Net, draws
 HERE = Path(__file__).parent
 NEEDS = ("torch", "safetensors", "numpy", "mlflow")
 OF_DENOISERS = ("diffusers", "transformers")
+OF_CLIP = ("transformers",)
 
 
 def pack(net: Net, classes: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def pack(net: Net, classes: Sequence[str], folder: Path) -> dict[str, Any]:
         "input_example": np.arange(2) % net.arch["classes"]
         if generator
         else np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8),
-        "pip_requirements": [*NEEDS, *(OF_DENOISERS if generator else ())],
+        "pip_requirements": [*NEEDS, *(OF_DENOISERS if generator else OF_CLIP if net.arch["kind"] == "clip" else ())],
     }
 
 

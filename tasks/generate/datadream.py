@@ -4,7 +4,8 @@ Paper   DataDream: Few-shot Guided Dataset Generation (2024), arXiv 2407.10910
 Idea    LoRA on the attention of UNet and text encoder, first weights Gaussian, trained on K shots a class with the plain denoising loss
         ||prediction(noisy image, level, "a <domain> photo of a <class>") - target||^2, no prior preservation. `dset`: one LoRA for all
         classes; `cls`: one for each. Then DDIM with guidance, empty + w (conditional - empty), w = 2. The classifier's loss weighs
-        real and drawn batches apart (`core.loop.fit_supervised`).
+        real and drawn batches apart (`train.clip_lora`, `train.supervised`).
+        Of several `guidance` and `sampling_steps` that combination is used whose few samples are nearest to the shots (pixel Frechet).
 Small   Where `pretrained` is empty, a pixel UNet of 0.2 M weights and a one-layer CLIP text encoder are trained here on `base`, so the
         base rows are parents of every sample. It has attention in the middle only, so its LoRA is on convolutions and time projections
         too: attention alone hardly moves pixels (share of samples judged right .30, one trial). It predicts velocity, as Stable
@@ -29,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from tasks.core import loop
@@ -65,8 +66,20 @@ class Config(MethodConfig):
     rank: int = Field(8, ge=1, description="rank of the LoRA")  # paper: 16
     alpha: int = Field(8, ge=1, description="its scale is alpha / rank")  # paper: 16, the same scale of 1
     batch: int = Field(16, ge=1, description="images of each step")  # paper: 8
-    guidance: float = Field(2.0, ge=1, description="weight of the prompt; 1: no guidance, more varied samples")  # paper
-    sampling_steps: int = Field(6, ge=1, description="DDIM steps")  # paper: 50
+    guidance: float | tuple[float, ...] = Field(2.0, description="weight of the prompt; 1: none, more varied samples; or several")  # paper
+    sampling_steps: int | tuple[int, ...] = Field(6, description="DDIM steps; or several, of which the best is taken")  # paper: 50
+
+    @field_validator("guidance", "sampling_steps")
+    @classmethod
+    def _from_one(cls, value: Any) -> Any:
+        if min(several(value), default=0) < 1:
+            raise ValueError("must be 1 or more, or several such numbers")
+        return value
+
+
+def several(value: Any) -> tuple[Any, ...]:
+    """Numbers of a setting that may be one or several, each once."""
+    return tuple(dict.fromkeys(value)) if isinstance(value, tuple) else (value,)
 
 
 SMOKE = Config(base_steps=4, lora_steps=3, sampling_steps=2, batch=4, channels=8, rank=2, variant="cls", lora_on="attention")
@@ -95,6 +108,28 @@ def remove_lora(model: Diffuser, name: str) -> None:
     model.text.delete_adapter(name)
 
 
+def choose_lora(model: Diffuser, name: str) -> None:
+    """Let one of several LoRAs act alone."""
+    model.unet.set_adapter(name)
+    model.text.set_adapter(name)
+
+
+def same_state(generator: torch.Generator) -> torch.Generator:
+    """A generator that gives what this one would give next, which is left as it is."""
+    return torch.Generator().set_state(generator.get_state())
+
+
+def nearest(tried: list[npt.NDArray[np.uint8]], hows: list[dict[str, Any]], images: npt.NDArray[np.uint8]) -> tuple[int, dict[str, float]]:
+    """Which of several sets of samples is nearest to the images in pixel Frechet distance, the first of equals; and each one's distance.
+
+    `hows` say each set's guidance and steps.
+    """
+    distances = [pixel_frechet(samples, images) for samples in tried]
+    best = int(np.argmin(distances))
+    figures = {f"pixel_frechet_guidance_{how['guidance']:g}_steps_{how['steps']}": d for how, d in zip(hows, distances, strict=True)}
+    return best, figures | {"guidance": float(hows[best]["guidance"]), "sampling_steps": float(hows[best]["steps"])}
+
+
 @method(
     paper="DataDream: Few-shot Guided Dataset Generation",
     arxiv="2407.10910",
@@ -103,7 +138,8 @@ def remove_lora(model: Diffuser, name: str) -> None:
 def datadream(shots: Dataset, base: Dataset, n: int, cfg: Config = Config(), *, seed: int = 0, device: str = "cpu") -> Made:
     """`n` rows a class, drawn by a diffusion model that was adapted to `shots`.
 
-    Raises UserError where a class has no shots, where there is nothing to train a base on, or where a pre-trained one cannot be loaded.
+    Raises UserError where a class has no shots, where there is nothing to train a base on, where a pre-trained one cannot be loaded, or
+    where too little is there to choose guidance or steps by.
     """
     shots = shots.where(shots.labels() >= 0)
     labels, names, ids = shots.labels(), shots.info.classes, shots.ids()
@@ -112,6 +148,11 @@ def datadream(shots: Dataset, base: Dataset, n: int, cfg: Config = Config(), *, 
     if bare:
         raise UserError(f"class {bare[0]!r} has no shots: DataDream needs one labelled real image of every class, or more")
     images, prompts = shots.images(), [prompt(cfg.domain, name) for name in names]
+    hows = [{"guidance": w, "steps": k} for w in several(cfg.guidance) for k in several(cfg.sampling_steps)]
+    few = min(n, COMPARED)
+    compared = len(images) > 1 and few * len(there) > 1
+    if len(hows) > 1 and not compared:
+        raise UserError("guidance and sampling_steps are chosen by distance to the shots: that needs two shots, and two samples or more")
     curve: list[dict[str, float]] = []
     figures: dict[str, float] = {}
     with quiet(), loop.seeded(seed) as generator:
@@ -122,14 +163,19 @@ def datadream(shots: Dataset, base: Dataset, n: int, cfg: Config = Config(), *, 
         else:
             model = load(cfg.pretrained, shots.info.shape).to(device)
         tokens = model.tokens(prompts)
-        how: dict[str, Any] = {"guidance": cfg.guidance, "steps": cfg.sampling_steps, "generator": generator}
-        few = min(n, COMPARED)
-        unadapted = draw(model, [prompts[label] for label in there for _ in range(few)], **how)
+        before = [prompts[label] for label in there for _ in range(few)]
+        unadapted = [draw(model, before, **how, generator=same_state(generator)) for how in hows[1:]]
+        unadapted = [draw(model, before, **hows[0], generator=generator), *unadapted]
         everywhere = cfg.lora_on == "all" or (cfg.lora_on == "auto" and cfg.pretrained is None)
         made: dict[int, npt.NDArray[np.uint8]] = {}
-        ends = []
-        for group in [there] if cfg.variant == "dset" else [[label] for label in there]:
-            name = f"{cfg.variant}{group[0]}"
+        tried: list[list[npt.NDArray[np.uint8]]] = [[] for _ in hows]
+        groups = {f"{cfg.variant}{group[0]}": group for group in ([there] if cfg.variant == "dset" else [[label] for label in there])}
+        ends, best = [], 0
+
+        def draw_rows(name: str, count: int, how: dict[str, Any], source: torch.Generator) -> npt.NDArray[np.uint8]:
+            return draw(model, [prompts[label] for label in groups[name] for _ in range(count)], **how, generator=source)
+
+        for name, group in groups.items():
             weights = add_lora(model, name, rank=cfg.rank, alpha=cfg.alpha, everywhere=everywhere)
             at = np.flatnonzero(np.isin(labels, group))
             losses = denoise(
@@ -147,12 +193,21 @@ def datadream(shots: Dataset, base: Dataset, n: int, cfg: Config = Config(), *, 
             )
             ends.append(_last(losses))
             curve += _curve(losses, curve[-1]["step"] if curve else 0)
-            drawn = draw(model, [prompts[label] for label in group for _ in range(n)], **how)
-            made.update({label: drawn[k * n : (k + 1) * n] for k, label in enumerate(group)})
-            remove_lora(model, name)
+            if len(hows) == 1:
+                made.update(zip(group, np.split(draw_rows(name, n, hows[0], generator), len(group)), strict=True))
+                remove_lora(model, name)
+            else:
+                for pieces, how in zip(tried, hows, strict=True):
+                    pieces.append(draw_rows(name, few, how, same_state(generator)))
+        if len(hows) > 1:
+            best, found = nearest([np.concatenate(pieces) for pieces in tried], hows, images)
+            figures |= found
+            for name, group in groups.items():
+                choose_lora(model, name)
+                made.update(zip(group, np.split(draw_rows(name, n, hows[best], generator), len(group)), strict=True))
     figures["adapted_loss"] = float(np.mean(ends))
-    if len(images) > 1 and few * len(there) > 1:
-        figures["pixel_frechet_unadapted"] = pixel_frechet(unadapted, images)
+    if compared:
+        figures["pixel_frechet_unadapted"] = pixel_frechet(unadapted[best], images)
         figures["pixel_frechet"] = pixel_frechet(np.concatenate([made[label][:few] for label in made]), images)
     of_base = base.ids() if cfg.pretrained is None else []
     shown = [[i for i, label in zip(ids, labels, strict=True) if cfg.variant == "dset" or label == own] for own in range(len(names))]

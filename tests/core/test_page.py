@@ -486,3 +486,14 @@ def test_a_pool_without_truth_shows_kept_against_rejected(folder: Path) -> None:
     shown = pages._scores(replace(scores, clean=None))
     assert f"kept ({scores.kept.sum()})" in shown
     assert f"rejected ({(~scores.kept).sum()})" in shown
+
+
+def test_the_long_tail_is_drawn_from_the_most_frequent_on() -> None:
+    drawn = page_charts.long_tail({"rare": 2.0, "common": 90.0, "some": 30.0}, ("rare",), "Rows")
+    bars = re.findall(r'<rect x="([\d.]+)"[^>]*height="([\d.]+)"[^>]*class="(\w+)"><title>([^<]+)', drawn)
+    assert [title for *_, title in bars] == ["common: 90", "some: 30", "rare: 2, of the tail"]
+    assert [look for *_, look, _ in bars] == ["first", "first", "second"]
+    heights = [float(height) for _, height, *_ in bars]
+    assert heights == pytest.approx([150, 50, 150 * 2 / 90], abs=0.1)
+    assert "from 90 of common down to 2 of rare" in drawn
+    assert page_charts.long_tail({"none": 0.0}, (), "Rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from tasks.core.dataset import SCHEMAS, Dataset, decode
 from tasks.core.denoise import denoise, draw, guided, load, prompt
 from tasks.core.errors import UserError
 from tasks.core.text_to_image import Diffuser, build, make_tokenizer, quiet
-from tasks.generate.datadream import SMOKE, Config, add_lora, datadream, remove_lora
+from tasks.generate.datadream import SMOKE, Config, add_lora, choose_lora, datadream, nearest, remove_lora
 
 TINY = Config(base_steps=6, lora_steps=4, sampling_steps=2, batch=4, channels=8, rank=2)
 PROMPTS = ["a photo of a cat", "a photo of a dog"]
@@ -92,6 +93,22 @@ def test_a_lora_on_attention_alone_leaves_the_convolutions(model):
     assert any("q_proj.lora_A" in name for name in model.text.state_dict())
 
 
+@torch.no_grad()
+def test_of_several_loras_the_chosen_one_acts_alone(model):
+    noisy, level, conditions, empty = parts(model)
+    alone = {}
+    with quiet(), loop.seeded(0):
+        for name in ("first", "second"):
+            for weights in add_lora(model, name, rank=2, alpha=2, everywhere=True):
+                weights.add_(0.05 * torch.randn_like(weights))
+            alone[name] = guided(model, noisy, level, conditions, empty, 2.0), model.conditions(model.tokens(PROMPTS))
+        assert not torch.allclose(alone["first"][0], alone["second"][0], atol=1e-3)
+        for name in ("first", "second", "first"):
+            choose_lora(model, name)
+            assert torch.allclose(guided(model, noisy, level, conditions, empty, 2.0), alone[name][0], atol=1e-6)
+            assert torch.allclose(model.conditions(model.tokens(PROMPTS)), alone[name][1], atol=1e-6)
+
+
 # the whole method
 
 
@@ -144,6 +161,69 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tiny, shar
 def test_figures_compare_the_samples_with_those_of_the_base_alone(shared_lora):
     assert set(shared_lora.figures) == {"base_loss", "adapted_loss", "pixel_frechet", "pixel_frechet_unadapted"}
     assert all(np.isfinite(value) and value > 0 for value in shared_lora.figures.values())
+
+
+# several guidances and numbers of steps
+
+
+def test_the_nearest_samples_are_chosen_and_of_equals_the_first():
+    black, white = np.zeros((3, 1, 2, 2), np.uint8), np.full((3, 1, 2, 2), 255, np.uint8)
+    hows = [{"guidance": w, "steps": 6} for w in (1.0, 1.5, 3.0)]
+    best, figures = nearest([white, black, black], hows, black)
+    assert best == 1
+    assert figures == {
+        "pixel_frechet_guidance_1_steps_6": pytest.approx(4),
+        "pixel_frechet_guidance_1.5_steps_6": pytest.approx(0),
+        "pixel_frechet_guidance_3_steps_6": pytest.approx(0),
+        "guidance": 1.5,
+        "sampling_steps": 6.0,
+    }
+
+
+def test_of_several_settings_the_nearest_draws_what_it_draws_alone(tiny, shared_lora):
+    several = TINY.model_copy(update={"guidance": (1.0, 2.0, 1.0), "sampling_steps": (3, 2)})
+    made = datadream(few_shots(tiny), rest(tiny), 3, several, seed=1)
+    tried = {(w, k): made.figures[f"pixel_frechet_guidance_{w}_steps_{k}"] for w in (1, 2) for k in (3, 2)}
+    assert len(made.figures) == 6 + len(tried)
+    chosen = min(tried, key=lambda pair: tried[pair])
+    assert (made.figures["guidance"], made.figures["sampling_steps"]) == chosen
+    assert made.figures["pixel_frechet"] == pytest.approx(tried[chosen])
+    assert tried[2, 2] == pytest.approx(shared_lora.figures["pixel_frechet"])
+    alone = TINY.model_copy(update={"guidance": float(chosen[0]), "sampling_steps": chosen[1]})
+    again = datadream(few_shots(tiny), rest(tiny), 3, alone, seed=1)
+    assert again.rows["image"].equals(made.rows["image"])
+    assert set(again.figures.items()) <= set(made.figures.items())
+
+
+def only(shots: Dataset, *labels: int) -> Dataset:
+    """The shots of these classes; the others are absent."""
+    absent = tuple(name for at, name in enumerate(shots.info.classes) if at not in labels)
+    rows = shots.where(np.isin(shots.labels(), labels))
+    return replace(rows, info=replace(rows.info, absent=absent))
+
+
+def test_loras_of_their_own_are_kept_until_one_setting_is_chosen_for_all(tiny):
+    made = datadream(only(few_shots(tiny), 2, 5), rest(tiny), 2, SMOKE.model_copy(update={"guidance": (1.0, 3.0)}))
+    assert made.rows["label"].to_pylist() == [2, 2, 5, 5]
+    tried = {w: made.figures[f"pixel_frechet_guidance_{w}_steps_2"] for w in (1, 3)}
+    assert made.figures["guidance"] == min(tried, key=lambda w: tried[w])
+
+
+def test_settings_of_one_number_are_what_they_were():
+    assert configure("generate.datadream", {"guidance": 2, "sampling_steps": 6}) == Config()
+    assert Config(guidance=[1, 2]).guidance == (1.0, 2.0)
+    assert Config().model_dump()["guidance"] == 2.0
+
+
+@pytest.mark.parametrize("bad", [0.5, [], [1, 0]])
+def test_guidance_below_one_is_refused(bad):
+    with pytest.raises(UserError, match=r"'guidance' is .*must be 1 or more"):
+        configure("generate.datadream", {"guidance": bad})
+
+
+def test_one_shot_is_too_few_to_choose_by(tiny):
+    with pytest.raises(UserError, match="chosen by distance to the shots"):
+        datadream(only(few_shots(tiny, 1), 0), rest(tiny), 2, TINY.model_copy(update={"guidance": (1.0, 2.0)}))
 
 
 def test_nothing_global_is_left_changed(tiny, capfd):

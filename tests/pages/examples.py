@@ -214,6 +214,8 @@ def example(folder: Path, **changes: Any) -> Page:
             page_pictures.condensed(Dataset.open(folder / "condensed"), 60),
         ],
         course=page_pictures.course(folder / "condensed"),
+        concepts={name: 400 / (at + 1) ** 1.5 for at, name in enumerate(pool.info.classes)},
+        tail=pool.info.classes[-2:],
         class_rows=page_pictures.by_class(pool.split("reference"), made, 5, 20),
         class_rows_of=10,
         data=[
