@@ -21,9 +21,6 @@ Limits  Holds in part (tests/claims/generate/datadream.py: 8x8 digits, 5 seeds, 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from typing import Any, Literal
 
 import numpy as np
@@ -34,17 +31,17 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from tasks.core import loop
-from tasks.core.dataset import SCHEMAS, Dataset, encode, image_column
+from tasks.core.dataset import Dataset
 from tasks.core.denoise import denoise, draw, load, pixel_frechet, prompt
 from tasks.core.errors import UserError
 from tasks.core.method import Made, MethodConfig, method
 from tasks.core.text_to_image import Diffuser, build, quiet
+from tasks.generate import _shared
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 # matched by the end of the module's name; `conv` are the layers that change the size
 CONVOLUTIONS = ("conv_in", "conv1", "conv2", "conv_shortcut", "conv", "conv_out", "time_emb_proj")
-LOGGED_EVERY = 20
 COMPARED = 16  # samples a class for the Frechet figures, the same number before and after: the distance depends on it
 
 
@@ -158,8 +155,8 @@ def datadream(shots: Dataset, base: Dataset, n: int, cfg: Config = Config(), *, 
     with quiet(), loop.seeded(seed) as generator:
         if cfg.pretrained is None:
             model, losses = _train_base(base, shots.info.shape, prompts, cfg, generator, device)
-            figures["base_loss"] = _last(losses)
-            curve += _curve(losses, 0)
+            figures["base_loss"] = _shared.last(losses)
+            curve += _shared.curve(losses, 0)
         else:
             model = load(cfg.pretrained, shots.info.shape).to(device)
         tokens = model.tokens(prompts)
@@ -191,8 +188,8 @@ def datadream(shots: Dataset, base: Dataset, n: int, cfg: Config = Config(), *, 
                 generator=generator,
                 what="adapt",
             )
-            ends.append(_last(losses))
-            curve += _curve(losses, curve[-1]["step"] if curve else 0)
+            ends.append(_shared.last(losses))
+            curve += _shared.curve(losses, curve[-1]["step"] if curve else 0)
             if len(hows) == 1:
                 made.update(zip(group, np.split(draw_rows(name, n, hows[0], generator), len(group)), strict=True))
                 remove_lora(model, name)
@@ -211,7 +208,10 @@ def datadream(shots: Dataset, base: Dataset, n: int, cfg: Config = Config(), *, 
         figures["pixel_frechet"] = pixel_frechet(np.concatenate([made[label][:few] for label in made]), images)
     of_base = base.ids() if cfg.pretrained is None else []
     shown = [[i for i, label in zip(ids, labels, strict=True) if cfg.variant == "dset" or label == own] for own in range(len(names))]
-    tables = [_rows(label, names[label], prompts[label], made[label], [*shown[label], *of_base], cfg, seed) for label in made]
+    tables = [
+        _shared.rows("datadream", label, names[label], [prompts[label]] * n, made[label], [*shown[label], *of_base], cfg, seed)
+        for label in made
+    ]
     return Made(pa.concat_tables(tables), figures, tuple(curve))
 
 
@@ -241,33 +241,3 @@ def _train_base(
         what="train base",
     )
     return model, losses
-
-
-def _rows(label: int, name: str, caption: str, images: npt.NDArray[np.uint8], parents: list[str], cfg: Config, seed: int) -> pa.Table:
-    parents = list(dict.fromkeys(parents))
-    # an id stands for one content: other settings, another seed or other parents give other ids
-    digest = hashlib.md5(json.dumps([cfg.model_dump(), seed, label, parents]).encode(), usedforsecurity=False).hexdigest()[:8]
-    short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    n = len(images)
-    offsets = pa.array(np.arange(n + 1) * len(parents), pa.int32())
-    columns = {
-        "sample_id": [f"datadream-{short}-{at:05d}-{digest}" for at in range(n)],
-        "image": image_column(encode(images)),
-        "label": pa.array([label] * n, pa.int64()),
-        "caption": [caption] * n,
-        "split": ["train"] * n,
-        "parents": pa.ListArray.from_arrays(offsets, pa.concat_arrays([pa.array(parents, pa.string())] * n)),
-        "_clean": pa.nulls(n, pa.bool_()),
-    }
-    return pa.table(columns, schema=SCHEMAS["image"])
-
-
-def _last(losses: list[float]) -> float:
-    """Mean of the last tenth."""
-    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
-
-
-def _curve(losses: list[float], start: float) -> list[dict[str, float]]:
-    """Mean loss over every `LOGGED_EVERY` steps, counted on from `start`."""
-    starts = range(0, len(losses), LOGGED_EVERY)
-    return [{"step": start + min(at + LOGGED_EVERY, len(losses)), "loss": float(np.mean(losses[at : at + LOGGED_EVERY]))} for at in starts]
