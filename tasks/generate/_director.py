@@ -80,7 +80,8 @@ class Written:
 
     def mutate(self, prompt: str, known: set[str], rng: np.random.Generator) -> list[str]:  # noqa: ARG002
         """Ask until a list of one prompt comes, at most five times."""
-        asked = f'Write one text description that has nothing to do with "{prompt}". It names one of: {self._names}. Write it as ["description"].\n'
+        asked = f'Write one text description that has nothing to do with "{prompt}". '
+        asked += f'It names one of: {self._names}. Write it as ["description"].\n'
         return self._listed(asked, 1, known)
 
     def verdict(self, prompt: str, first: float, second: float) -> str:
