@@ -54,8 +54,13 @@ def run(
 
 
 @app.command()
-def curate(stages: Annotated[list[str] | None, typer.Argument(help="Stages of dvc.yaml; none: all.")] = None) -> None:
+def curate(
+    stages: Annotated[list[str] | None, typer.Argument(help="Stages of dvc.yaml; none: all.")] = None,
+    engine: Annotated[str, typer.Option(help="Where filters score: local, or ray, a cluster. The result is the same.")] = "",
+) -> None:
     """Bring the data stages up to date."""
+    if engine:
+        os.environ["RETORT_ENGINE"] = engine
     execute(lambda: _flow("curate"), targets=tuple(stages or ()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ from tasks.filter._shared import Scores
 
 T = TypeVar("T")
 PIECE = 16_384  # rows whose scores are kept together; a pool of fewer is scored in one go and nothing is kept
+ENGINES = ("local", "ray")
 DAYS = 30  # that the scores of a run which was never finished are kept
 
 
@@ -50,33 +52,65 @@ def scored(
     """The scores (N,) or (N, k) of all rows, in order: `prepare` reads a batch of at most `size` rows with these columns,
     `score` judges it.
 
-    The next batch is prepared while one is judged. key: what the scores depend on besides the rows. Pieces lie in the project's cache
-    until all are there; nothing else of the pool is in memory than three batches.
+    key: what the scores depend on besides the rows. Pieces lie in the project's cache until all are there; nothing else of the pool is in
+    memory than three batches. With RETORT_ENGINE=ray the pieces are scored by a cluster, to the same bits.
     """
     place = _place(pool, key) if len(pool) > PIECE else None
-    found: list[Scores] = []
+    pieces = [(start, min(start + PIECE, len(pool))) for start in range(0, len(pool), PIECE)]
     ticks, columns = track(range(len(pool)), what), list(columns)
-    with ThreadPoolExecutor(1) as ahead:
-        for start in range(0, len(pool), PIECE):
-            stop = min(start + PIECE, len(pool))
-            kept = _read(place / f"{start}.npy", stop - start) if place else None
-            if kept is None:
-                rows, pieces = pool.take(np.arange(start, stop)) if len(pool) > PIECE else pool, []
-                for some in _prepared(rows.batches(columns, size), prepare, ahead):
-                    pieces.append(score(some))
-                    sum(1 for _ in islice(ticks, len(pieces[-1])))
-                kept = np.concatenate(pieces)
-                if place:
-                    out = io.BytesIO()
-                    np.save(out, kept, allow_pickle=False)
-                    files.write_bytes(place / f"{start}.npy", out.getvalue())
-            else:
-                sum(1 for _ in islice(ticks, stop - start))
-            found.append(kept)
+    done = {start: kept for start, stop in pieces if place and (kept := _read(place / f"{start}.npy", stop - start)) is not None}
+    ticked = 0
+
+    def tick(rows: int) -> None:
+        nonlocal ticked
+        ticked += sum(1 for _ in islice(ticks, rows))
+
+    tick(sum(map(len, done.values())))
+    left = [(start, stop) for start, stop in pieces if start not in done]
+    if engine() == "ray" and left:
+        from tasks.filter import _ray
+
+        found: Iterator[tuple[int, Scores]] = _ray.scored(pool, left, columns, prepare, score, size=size)
+    else:
+        found = ((start, score_piece(pool, start, stop, columns, prepare, score, size, tick)) for start, stop in left)
+    for start, scores in found:
+        if place:
+            out = io.BytesIO()
+            np.save(out, scores, allow_pickle=False)
+            files.write_bytes(place / f"{start}.npy", out.getvalue())
+        done[start] = scores
+        tick(sum(map(len, done.values())) - ticked)
     next(ticks, None)
     if place:
         shutil.rmtree(place, ignore_errors=True)
-    return np.concatenate(found) if found else np.empty(0, dtype=np.float32)
+    return np.concatenate([done[start] for start, _ in pieces]) if pieces else np.empty(0, dtype=np.float32)
+
+
+def score_piece(
+    pool: Dataset,
+    start: int,
+    stop: int,
+    columns: list[str],
+    prepare: Callable[[pa.RecordBatch], T],
+    score: Callable[[T], Scores],
+    size: int,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Scores:
+    """The scores of the rows from `start` to before `stop`; the next batch is prepared while one is judged. `tick` hears of each batch."""
+    rows, found = pool if stop - start == len(pool) else pool.take(np.arange(start, stop)), []
+    with ThreadPoolExecutor(1) as ahead:
+        for some in _prepared(rows.batches(columns, size), prepare, ahead):
+            found.append(score(some))
+            tick(len(found[-1]))
+    return np.concatenate(found)
+
+
+def engine() -> str:
+    """Where scores are computed: `local`, or `ray`, as RETORT_ENGINE says. Raises UserError for anything else."""
+    wanted = os.environ.get("RETORT_ENGINE", ENGINES[0])
+    if wanted not in ENGINES:
+        raise UserError(f"RETORT_ENGINE is {wanted!r}, but there are: {', '.join(ENGINES)}")
+    return wanted
 
 
 def _prepared(batches: Iterator[pa.RecordBatch], prepare: Callable[[pa.RecordBatch], T], ahead: ThreadPoolExecutor) -> Iterator[T]:
