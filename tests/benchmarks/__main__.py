@@ -257,6 +257,13 @@ def filtering(place: Path) -> None:
     show(f"{whole['rows']:,.0f} rows scored", f"{whole['rate']:,.0f} rows/s", "")
     show("over the network's bare forward pass", f"{whole['rate'] / whole['bare']:.2f}", "0.9 or more")
     show("memory that grew meanwhile", f"{whole['grown_mb']:.0f} MB", "")
+    if "datasets" in whole:
+        show("over datasets.map with the same reader and scorer", f"{whole['rate'] / whole['datasets']:.2f}", "1 or more")
+    show("by Ray on one core, its actors' start included, over local", f"{whole['ray'] / whole['rate']:.2f}", "")
+    show("by Ray on one core, of twice as many rows the second half", f"{whole['ray_more'] / whole['rate']:.2f}", "0.87 or more")
+    chosen = large.thresholds()
+    show("a threshold on a million scores and the uids, over DataComp's way", f"{chosen['theirs'] / chosen['ours']:.2f}", "1 or more")
+    show("its uids", "the same" if chosen["same"] else "OTHERS", "the same")
     again = large.run(folder, killed_at=0.6)
     show("a run that was killed at 60%, its second time over the whole", f"{again['seconds'] / whole['seconds']:.2f}", "0.4 or so")
     show("its scores", "the same" if again["sum"] == whole["sum"] else "OTHERS", "the same")

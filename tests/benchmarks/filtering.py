@@ -11,14 +11,18 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from tasks.core import loop
+from tasks.core import catalog, loop
 from tasks.core.dataset import SCHEMAS, Dataset, Info, Writer, encode, image_column
 from tasks.core.settings import shared_data
 from tests.workspace import environment
@@ -81,10 +85,77 @@ def score(project: Path) -> dict[str, float]:
         for pairs in ready:
             dfn.score(towers, *pairs)
         bare = sum(len(images) for images, _ in ready) / (time.perf_counter() - began)
+        peers = _peers(pool, lambda batch: dfn.score(towers, *read(batch)), size)
+        os.environ["RETORT_ENGINE"] = "ray"
+        spread = [_on_one_core(pool.take(np.arange(some)), towers, read, size) for some in (len(pool) // 2, len(pool))]
     return {
+        **peers, "ray": len(pool) / spread[1], "ray_more": (len(pool) - len(pool) // 2) / (spread[1] - spread[0]),
         "rows": len(pool), "rate": len(pool) / seconds, "bare": bare, "seconds": seconds, "grown_mb": (peak - before) / 1024,
         "sum": float(scores.astype(np.float64).sum()),
     }  # fmt: skip
+
+
+def _on_one_core(pool: Dataset, towers: object, read: Callable[[pa.RecordBatch], Any], size: int) -> float:
+    """Seconds of scoring with Ray on this machine, one core, Ray's own start left out."""
+    import ray
+
+    from tasks.filter import dfn
+    from tasks.filter._resume import scored
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(catalog.ROOT)}})
+    began = time.perf_counter()
+    scored(pool, dfn.PAIR, read, lambda pairs: dfn.score(towers, *pairs), key=f"ray {len(pool)}", size=size)
+    seconds = time.perf_counter() - began
+    ray.shutdown()
+    return seconds
+
+
+def _peers(pool: Dataset, score: Callable[[pa.RecordBatch], Any], size: int) -> dict[str, float]:
+    """Rows a second of the same reading and scoring by `datasets.map`, where that library is there."""
+    try:
+        import datasets
+    except ImportError:
+        return {}
+    datasets.disable_progress_bars()
+    shards = sorted(str(path) for part in pool.parts for path in part.folder.glob("part-*.parquet"))
+    with tempfile.TemporaryDirectory() as cache:
+        rows = datasets.Dataset.from_parquet(shards, cache_dir=cache).with_format("arrow")
+        began = time.perf_counter()
+        done = rows.map(
+            lambda table: {"score": score(table.combine_chunks().to_batches()[0])}, batched=True, batch_size=size,
+            remove_columns=rows.column_names, load_from_cache_file=False,
+        )  # fmt: skip
+        return {"datasets": len(done) / (time.perf_counter() - began)}
+
+
+def thresholds(rows: int = 1_000_000, keep: float = 0.3) -> dict[str, float]:
+    """Seconds from a million scores to a sorted file of the kept uids: ours, and by the steps of DataComp's own resharding recipe, which
+    sorts all scores, reads the table again, and makes each uid by itself.
+    """
+    from tasks.core import uids
+    from tasks.filter._shared import keep_top
+
+    rng = np.random.default_rng(0)
+    names = pa.chunked_array([pa.array([f"{number:032x}" for number in rng.integers(0, 2**63, rows)])])
+    scores = rng.normal(size=rows).astype(np.float32)
+    with tempfile.TemporaryDirectory() as place:
+        table = Path(place) / "scores.parquet"
+        pq.write_table(pa.table({"uid": names, "score": scores}), table)
+        began = time.perf_counter()
+        read = pq.read_table(table)
+        kept, _ = keep_top(read["score"].to_numpy(), read["uid"], round(keep * rows))
+        (Path(place) / "ours.npy").write_bytes(uids.to_bytes(uids.uids(read["uid"].filter(pa.array(kept)).to_pylist())))
+        ours = time.perf_counter() - began
+        began = time.perf_counter()
+        threshold = -np.sort(-pq.read_table(table, columns=["score"])["score"].to_numpy())[round(keep * rows)]
+        frame = pq.read_table(table).to_pandas()
+        some = frame[frame["score"] > threshold]["uid"]
+        found = np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in some], np.dtype("u8,u8"))
+        found.sort()
+        np.save(Path(place) / "theirs.npy", found)
+        theirs = time.perf_counter() - began
+        same = np.array_equal(np.load(Path(place) / "ours.npy"), np.load(Path(place) / "theirs.npy"))
+    return {"ours": ours, "theirs": theirs, "same": float(same)}
 
 
 def run(project: Path, *, killed_at: float = 0.0) -> dict[str, float]:
