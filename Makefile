@@ -10,7 +10,7 @@ run: $(VENV)/installed
 	@$(BIN)/retort run
 
 test: $(VENV)/installed
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long'
+	@$(BIN)/python -m pytest -n 3 --dist worksteal -m 'not long'
 
 check: $(VENV)/installed
 	@$(BIN)/ruff check .

@@ -39,6 +39,7 @@ from tasks.core.method import Made
 from tasks.core.networks import Net
 from tasks.core.text_to_image import quiet
 from tasks.generate import datadream
+from tasks.generate._shared import rows
 from tests.claims.samples import Images, dataset, images
 
 CLAIM = Claim(
@@ -198,4 +199,5 @@ def switched_off(
         model = load(str(cfg.pretrained), shots.info.shape)
         drawn = draw(model, np.repeat(text, n).tolist(), guidance=guidance, steps=cfg.sampling_steps, generator=generator)
     each = enumerate(zip(shots.info.classes, text, np.split(drawn, len(text)), strict=True))
-    return Made(pa.concat_tables([datadream._rows(at, *of_class, [], cfg, seed) for at, of_class in each]))
+    tables = [rows("datadream", at, name, [said] * n, own, [], cfg, seed) for at, (name, said, own) in each]
+    return Made(pa.concat_tables(tables))
