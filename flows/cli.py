@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -56,7 +56,9 @@ def run(
 @app.command()
 def curate(
     stages: Annotated[list[str] | None, typer.Argument(help="Stages of dvc.yaml; none: all.")] = None,
-    engine: Annotated[str, typer.Option(help="Where filters score: local, or ray, a cluster. The result is the same.")] = "",
+    engine: Annotated[
+        Literal["local", "ray"] | None, typer.Option(help="Where filters score; ray: on a cluster. The result is the same.")
+    ] = None,
 ) -> None:
     """Bring the data stages up to date."""
     if engine:

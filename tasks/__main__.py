@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks", description="List methods, or run a data stage.")
     parser.add_argument("name", nargs="?", help="pool, or a method such as filter.dfn")
     parser.add_argument("--card", action="store_true", help="say what the method is, and run nothing")
-    parser.add_argument("--engine", help="where a filter scores: local, or ray, a cluster; the result is the same")
+    parser.add_argument("--engine", choices=["local", "ray"], help="where a filter scores; ray: on a cluster; the result is the same")
     asked = parser.parse_args(arguments)
     if asked.engine:
         os.environ["RETORT_ENGINE"] = asked.engine
