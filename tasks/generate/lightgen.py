@@ -180,7 +180,10 @@ def lightgen(shots: Dataset, base: Dataset, n: int, cfg: Config = Config(), *, s
     if min(len(images), len(drawn), len(shown)) > 1:
         some = shown[:: max(1, len(shown) // len(drawn))]
         figures |= {"pixel_frechet_teacher": pixel_frechet(drawn, images), "pixel_frechet": pixel_frechet(some, images)}
-    parents = [*shots.ids(), *(base.ids() if cfg.pretrained is None else [])]
+    # a pre-trained teacher saw no base row, but what a row's caption says is asked for, and stands beside what was drawn
+    asked = {text for own in prompts.values() for text in own}
+    quoted = [name for name, caption in zip(base.ids(), base.captions(), strict=True) if cfg.pretrained is None or caption in asked]
+    parents = [*shots.ids(), *quoted]
     tables = [
         rows("lightgen", at, names[at], own, shown[k * n : (k + 1) * n], parents, cfg, seed) for k, (at, own) in enumerate(wanted.items())
     ]

@@ -315,13 +315,15 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_teacher_in_stable_diffusions_folders_teaches_its_latents(tiny: Dataset, stable_diffusion: Path):
-    shots = few_shots(tiny, 1)
-    found = lightgen(shots, rest(tiny), 1, SMOKE.model_copy(update={"pretrained": str(stable_diffusion)}))
-    assert found.rows["parents"][0].as_py() == shots.ids()  # its training data is not ours: no base rows among the parents
+    shots, told = few_shots(tiny, 1), rest(tiny)
+    cfg = SMOKE.model_copy(update={"pretrained": str(stable_diffusion)})
+    found = lightgen(shots, told, 1, cfg)
+    assert found.rows["parents"][0].as_py() == [*shots.ids(), *told.ids()]  # it saw no base row, but was asked for what they say
+    assert lightgen(shots, told.take(np.array([], dtype=int)), 1, cfg).rows["parents"][0].as_py() == shots.ids()
     assert "base_loss" not in found.figures
     assert decode(found.rows["image"].combine_chunks().field("bytes").to_pylist(), (1, 8, 8)).shape == (10, 1, 8, 8)
     with pytest.raises(UserError, match="8x8 do not fall into patches of 3"):
-        lightgen(shots, rest(tiny), 1, SMOKE.model_copy(update={"pretrained": str(stable_diffusion), "patch": 3}))
+        lightgen(shots, told, 1, cfg.model_copy(update={"patch": 3}))
 
 
 # mistakes
