@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from tasks.core.settings import shared_data
@@ -276,6 +277,27 @@ def near_duplicates(place: Path) -> None:
     dedup.report(show)
 
 
+def condensing(place: Path) -> None:
+    """KRR-ST on images of 28 and 32 pixels with 10, 50 and 100 samples: held-out loss beside random and k-means images, one seed each."""
+    from tasks.condense.krr_st import Config, krr_st
+    from tests.claims.samples import dataset, images
+
+    rows = int(os.environ.get("RETORT_ROWS", "4000"))
+    for name, source in (("28x28 grey", shared_data() / "fashion_mnist"), ("32x32 colour", shared_data() / "emoji" / "openmoji.parquet")):
+        found = images(source, "train")
+        order = np.random.default_rng(0).permutation(len(found.labels))
+        data, held_out = (
+            dataset(found.pixels[at], found.labels[at], found.classes, prefix=prefix)
+            for at, prefix in ((order[500 : 500 + rows], "r"), (order[:500], "h"))
+        )
+        for n in (10, 50, 100):
+            began = time.process_time()
+            figures = krr_st(data, held_out, n, Config(), seed=0).figures
+            ours, *others = (figures[f"heldout_loss{arm}"] for arm in ("", "_random", "_kmeans"))
+            show(f"krr_st, {name}, {n} samples: held-out loss", f"{ours:.3f}", f"below random {others[0]:.3f}, k-means {others[1]:.3f}")
+            show(f"krr_st, {name}, {n} samples: CPU time", f"{time.process_time() - began:.0f} s", "")
+
+
 def question_alone(folder: Path, imports: str, question: str) -> float:
     """Median seconds of three askings, each in a process of its own that has imported mlflow and torch and opened the store."""
     code = (
@@ -341,6 +363,7 @@ ALL: dict[str, Callable[[Path], None]] = {
     "erasure": erasure,
     "filtering": filtering,
     "near_duplicates": near_duplicates,
+    "condensing": condensing,
 }
 
 
