@@ -44,8 +44,8 @@ def image_digest(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def text_digest(text: str) -> bytes:
-    """16 bytes that stand for a text: its words, in lower case, whatever stands between them."""
-    return hashlib.blake2b(b"text:" + " ".join(words(text)).encode(), digest_size=16).digest()
+    """16 bytes that stand for a text: its words, in lower case, whatever stands between them; of one without words all of it."""
+    return hashlib.blake2b(b"text:" + (" ".join(words(text)) or text).encode(), digest_size=16).digest()
 
 
 def contents(rows: Dataset) -> Iterator[tuple[list[str], list[bytes]]]:
@@ -111,7 +111,7 @@ class Erased:
         table, salt = _stored(folder)
         hashes: dict[str, list[Any]] = {"id": [], "content": [], "class": [], "concept": []}
         for kind, value in zip(table["kind"].to_pylist(), table["hash"].to_pylist(), strict=True):
-            hashes[kind].append(value)
+            hashes["content" if kind == "image" else kind].append(value)  # `image`: of lists from before there were texts
         return Erased(salt, *(frozenset(found) for found in hashes.values()))
 
 

@@ -131,7 +131,8 @@ def request_traces(settings: Settings, request: str) -> Traces:
     if not path.exists():
         raise UserError(f"the list of samples of request {request} is not here: it was erased, or another copy of the project has it")
     table = pq.read_table(path)
-    ids, contents = (frozenset(value for value in table[name].to_pylist() if value) for name in ("sample_id", "content"))
+    second = "content" if "content" in table.column_names else "image"  # of a request from before there were texts
+    ids, contents = (frozenset(value for value in table[name].to_pylist() if value) for name in ("sample_id", second))
     return Traces(ids, contents)
 
 

@@ -65,6 +65,13 @@ def test_what_was_signed_is_good_whatever_the_form_of_its_text(settings: Setting
     assert sign(settings, signed) == signed
 
 
+def test_one_that_was_signed_when_contents_were_called_images_is_good(settings: Settings) -> None:
+    samples = {"images" if name == "contents" else name: value for name, value in facts()["samples"].items()}
+    signed = sign(settings, facts(samples=samples))
+    assert said(verify(signed, known_key(settings))) == GOOD
+    assert "contents" not in signed["samples"]
+
+
 def test_a_few_lines_without_this_project_check_it_too(settings: Settings) -> None:
     signed = sign(settings, facts())
     rest = {name: value for name, value in signed.items() if name != "signature"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -118,3 +119,17 @@ def _pngs(n: int) -> list[bytes]:
     from tasks.core.dataset import encode
 
     return encode(np.random.default_rng(0).integers(0, 256, (n, 1, 8, 8), dtype=np.uint8))
+
+
+def test_a_list_from_before_there_were_texts_is_obeyed(tmp_path: Path) -> None:
+    erased.add(tmp_path, TRACES, "r-1")
+    path = tmp_path / erased.LIST
+    table = pq.read_table(path)
+    kinds = ["image" if kind == "content" else kind for kind in table["kind"].to_pylist()]
+    pq.write_table(table.set_column(1, "kind", pa.array(kinds)), path)
+    assert Erased.read(tmp_path).has_content(image_digest(PIXELS))
+
+
+def test_texts_without_words_are_told_apart() -> None:
+    assert erased.text_digest("One, two!") == erased.text_digest("one TWO")
+    assert len({erased.text_digest(text) for text in ("", "!!!", "???", "one two")}) == 4

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, Field, ValidationError
 
 from tasks.core.errors import UserError
 
@@ -41,7 +41,7 @@ class Samples(_Part):
     count: Count
     salt: Annotated[str, Field(pattern=r"^([0-9a-f]{2}){0,64}$")]
     ids: list[Hash]
-    contents: list[Hash]
+    contents: list[Hash] = Field(validation_alias=AliasChoices("contents", "images"))  # images: before there were texts
 
 
 class Data(_Part):

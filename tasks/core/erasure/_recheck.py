@@ -119,7 +119,7 @@ def _by_number(path: Path, request: str, wanted: int) -> Check:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(path, columns=["request", "kind"]).to_pylist()
-    own = sum(row["request"] == request and row["kind"] in ("id", "content") for row in rows)
+    own = sum(row["request"] == request and row["kind"] in ("id", "content", "image") for row in rows)
     if own >= wanted:
         return Check("suppression list", True, f"it holds {own} traces of this request, as many as the certificate has")
     why = f"it holds {own} of {wanted} traces of this request; whether the others came with another request cannot be seen from hashes"
