@@ -46,7 +46,9 @@ FLOWS_OWN = {
 class Keep(MethodConfig):
     """Bounds of caches and logs."""
 
-    cache_gb: float = Field(20, gt=0, description="gigabytes of decoded images, and as many of older data versions")
+    cache_gb: float = Field(
+        20, gt=0, description="gigabytes of decoded images, as many of older data versions, and of what teachers said of rows"
+    )
     days: float = Field(90, gt=0, description="days that logs, and what a cache has not been asked for, are kept")
 
 
@@ -238,7 +240,7 @@ def open_store(here: Session) -> Store:
     """The session's store, once what a run that was cut off has left is cleared away."""
     here.store.sweep()
     _promotion.settle(here.settings, here.store)
-    for cache in (here.settings.cache / "decoded", here.settings.cache / "versions"):
+    for cache in (here.settings.cache / name for name in ("decoded", "answers", "versions")):
         files.bound(cache, most_bytes=here.keep.cache_gb * 1e9, days=here.keep.days)
     files.bound(here.settings.logs, most_bytes=1e9, days=here.keep.days)
     return here.store

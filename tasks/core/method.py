@@ -55,6 +55,14 @@ class Made:
     course: pa.Table | None = None
 
 
+@dataclass(frozen=True)
+class Taught:
+    """A network, with named numbers that are known only to the method that made it, such as how often it asked its teacher."""
+
+    net: Any
+    figures: dict[str, float] = field(default_factory=dict)
+
+
 def method(*, paper: str, claim: str, arxiv: str = "") -> Callable[[F], F]:
     """Mark a function as its module's method. The arguments must be literals: the catalogue reads them unimported.
 

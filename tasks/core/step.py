@@ -14,6 +14,7 @@ from typing import Any
 from tasks.core import catalog, seen
 from tasks.core.catalog import ANY, CLASSIFIER
 from tasks.core.errors import UserError
+from tasks.core.method import Taught
 from tasks.core.refs import DataRef, EvidenceRef, ModelRef, Ref, open_data
 from tasks.core.settings import Settings
 from tasks.core.store import Store
@@ -126,14 +127,15 @@ def _make_model(settings: Settings, store: Store, plan: Plan, run_id: str, rows:
     from tasks.core.networks import parameters
 
     began = time.perf_counter()
-    net = call()
+    made = call()
     seconds = time.perf_counter() - began
+    net, found = (made.net, made.figures) if isinstance(made, Taught) else (made, {})
     _note(store, run_id, "retort.seen", seen.FILE, seen.rows_and_parents(rows.column("sample_id"), rows.column("parents")))
     if forgot is not None:  # the rows alone: what they were made from may still be known
         _note(store, run_id, "retort.forgot", seen.FORGOT, forgot.ids())
     tags = {"retort.role": plan.role, "retort.method": plan.method}
     ref = store.log_net(run_id, net, name=plan.role, classes=rows.info.classes, tags=tags)
-    figures = {"parameters": float(parameters(net)), "rows": float(len(rows))}
+    figures = {"parameters": float(parameters(net)), "rows": float(len(rows)), **found}
     return {"model": ref.model_dump(), "seconds": seconds, "figures": figures}, {**figures, "seconds": seconds}
 
 
@@ -158,16 +160,20 @@ def _net(store: Store, ref: Any, plan: Plan) -> Any:
     return net
 
 
+def _start(store: Store, plan: Plan) -> Any:
+    return next((_net(store, ref, plan) for ref in (_models(plan, "start") if "start" in plan.inputs else [])), None)
+
+
 def _train(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:
     rows = open_data(settings, *_data(plan, "data"))
-    start = next((_net(store, ref, plan) for ref in (_models(plan, "start") if "start" in plan.inputs else [])), None)
+    start = _start(store, plan)
     return _make_model(settings, store, plan, run_id, rows, lambda: method.entry(rows, cfg, start=start, seed=plan.seed))
 
 
 def _distill(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:
     rows = open_data(settings, *_data(plan, "data"))
-    teachers = [_net(store, ref, plan) for ref in _models(plan, "teachers")]
-    return _make_model(settings, store, plan, run_id, rows, lambda: method.entry(teachers, rows, cfg, seed=plan.seed))
+    teachers, start = [_net(store, ref, plan) for ref in _models(plan, "teachers")], _start(store, plan)
+    return _make_model(settings, store, plan, run_id, rows, lambda: method.entry(teachers, rows, cfg, start=start, seed=plan.seed))
 
 
 def _unlearn(settings: Settings, store: Store, plan: Plan, method: Any, cfg: Any, run_id: str) -> Ran:

@@ -26,27 +26,22 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from tasks.core import loop, networks
+from tasks.core import loop
 from tasks.core.dataset import Dataset
 from tasks.core.errors import UserError
-from tasks.core.method import MethodConfig, method
+from tasks.core.method import method
 from tasks.core.networks import Net
-from tasks.core.progress import track
+from tasks.distill import _shared
+from tasks.distill._shared import Images, answers, asked, begun, check, fit, frozen, kl, log_mean
 
 
-class Config(MethodConfig):
-    """Settings. The defaults of the student keep it under a quarter of the default teacher at every image size from 8 to 32."""
+class Config(_shared.Student):
+    """Settings."""
 
-    widths: tuple[int, ...] = Field((16, 32), min_length=1, description="channels of each convolution of the student")
-    hidden: int = Field(48, ge=1, description="features before the student's last layer")
     loss: Literal["js", "kl"] = Field("js", description="what the student minimises")  # paper, section 3.1: JS
     mine: int = Field(100, ge=0, description="unlabelled rows to add for each class")  # paper, section 3.2: about 4,000
-    steps: int = Field(800, ge=1, description="batches of the main stage")
-    batch: int = Field(64, ge=1)
     lr: float = Field(0.2, gt=0, description="peak learning rate of SGD")
-    momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(7e-5, ge=0)  # paper, ResNet50-D
-    shift: int = Field(0, ge=0, le=4, description="pixels by which images are moved at random, for student and teacher alike")
     tune_steps: int = Field(100, ge=0, description="batches of the last stage, on labelled rows alone")
     tune_lr_ratio: float = Field(0.01, gt=0, le=1, description="last stage's learning rate over the first's")  # paper, section 3.3
 
@@ -60,20 +55,14 @@ def divergence(student: Tensor, teacher: Tensor, loss: Literal["js", "kl"] = "js
     Safe where a probability is nothing: all is computed from logarithms. SSLD, section 3.1.
     """
     if loss == "kl":
-        return _kl(teacher, student)
+        return kl(teacher, student).mean()
     middle = torch.logaddexp(student, teacher) - np.log(2)
-    return (_kl(student, middle) + _kl(teacher, middle)) / 2
+    return (kl(student, middle).mean() + kl(teacher, middle).mean()) / 2
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    # xlogy's rule: a term with p = 0 is 0, also where its logarithm is -inf
-    return torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(1).mean()
-
-
-def soft_labels(teachers: Sequence[Net], images: npt.NDArray[np.uint8], device: str = "cpu") -> Tensor:
-    """Logarithm (N, K) of the teachers' mean probabilities, on the CPU."""
-    logs = torch.stack([F.log_softmax(loop.predict(net, images, device=device), 1) for net in teachers])
-    return torch.logsumexp(logs, 0) - np.log(len(teachers))
+def soft_labels(teachers: Sequence[Net], data: Dataset, images: Images, device: str = "cpu") -> Tensor:
+    """Logarithm (N, K) of the teachers' mean probabilities for the images of `data`, on the CPU."""
+    return log_mean(torch.from_numpy(np.stack(answers(teachers, data, images, device))))
 
 
 def mined(probabilities: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
@@ -85,107 +74,43 @@ def mined(probabilities: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int
     return np.unique(order).astype(np.int64)
 
 
-def moved(images: npt.NDArray[np.uint8], shift: int, generator: torch.Generator) -> npt.NDArray[np.uint8]:
-    """Each image (N, C, H, W) moved by up to `shift` pixels in each direction, edges repeated."""
-    n, _, height, width = images.shape
-    padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)), mode="edge")
-    down, right = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator).numpy()
-    rows, columns = down + np.arange(height), right + np.arange(width)
-    return padded[np.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].transpose(0, 3, 1, 2)
-
-
 @method(
     paper="Beyond Self-Supervision: A Simple Yet Effective Network Distillation Alternative (SSLD, 2021)",
     arxiv="2103.05959",
     claim="a student of soft labels on labelled and mined unlabelled rows beats one of the labelled rows' labels, on test accuracy",
 )
-def ssld(teachers: Sequence[Net], data: Dataset, cfg: Config = Config(), *, seed: int = 0, device: str = "cpu") -> Net:
-    """A small student of the teachers' mean probabilities; rows of `data` without a label are the pool that is mined.
+def ssld(
+    teachers: Sequence[Net], data: Dataset, cfg: Config = Config(), *, start: Net | None = None, seed: int = 0, device: str = "cpu"
+) -> Net:
+    """A small student of the teachers' mean probabilities, fresh or on from a copy of `start`; rows of `data` without a label are the pool
+    that is mined.
 
     Raises UserError where there is no teacher, no data, or they do not fit each other.
     """
-    check(teachers, data)
-    labelled = data.labels() >= 0
-    rows, pool = data.where(labelled), data.where(~labelled)
+    check(teachers, data, start)
+    has_label = data.labels() >= 0
+    rows, pool = data.where(has_label), data.where(~has_label)
     images = rows.images()
-    soft = soft_labels(teachers, images, device) if len(images) else torch.empty(0, len(data.info.classes))
+    soft = soft_labels(teachers, rows, images, device) if len(images) else torch.empty(0, len(data.info.classes))
     own = len(images)
     if cfg.mine and len(pool):
         found = pool.images()
-        answers = soft_labels(teachers, found, device)
-        at = mined(answers.exp().numpy(), cfg.mine)
-        images, soft = np.concatenate([images, found[at]]), torch.cat([soft, answers[at]])
+        said = soft_labels(teachers, pool, found, device)
+        at = mined(said.exp().numpy(), cfg.mine)
+        images, soft = np.concatenate([images, found[at]]), torch.cat([soft, said[at]])
     if len(images) == 0:
         raise UserError("there is nothing to distil on: the data has no labelled row and 'mine' is 0; set 'mine' above 0")
+    live = [frozen(net, device) for net in teachers] if cfg.shift else []
     with loop.seeded(seed) as generator:
-        mean, std = loop.pixel_stats(images)
-        student = networks.convnet(data.info.shape, len(data.info.classes), widths=cfg.widths, hidden=cfg.hidden, mean=mean, std=std)
+        student = begun(start, images, data.info, widths=cfg.widths, hidden=cfg.hidden)
+
+        def loss(seen: Tensor, at: Tensor) -> Tensor:
+            wanted = log_mean(asked(live, seen)) if live else soft[at].to(device)
+            return divergence(F.log_softmax(student(seen), 1), wanted, cfg.loss)
+
         stages = [(len(images), cfg.steps, cfg.lr, "distil"), (own, cfg.tune_steps, cfg.lr * cfg.tune_lr_ratio, "fine-tune")]
         for n, steps, lr, what in stages:
             if n and steps:
-                match(
-                    student,
-                    teachers,
-                    images[:n],
-                    soft[:n],
-                    loss=cfg.loss,
-                    steps=steps,
-                    batch=cfg.batch,
-                    lr=lr,
-                    momentum=cfg.momentum,
-                    weight_decay=cfg.weight_decay,
-                    shift=cfg.shift,
-                    generator=generator,
-                    device=device,
-                    what=what,
-                )
+                how = {**cfg.for_fit(), "steps": steps, "lr": lr}
+                fit(student, images[:n], loss, **how, generator=generator, device=device, what=what)
         return student.cpu().eval()
-
-
-def match(
-    student: Net,
-    teachers: Sequence[Net],
-    images: npt.NDArray[np.uint8],
-    soft: Tensor,
-    *,
-    loss: Literal["js", "kl"],
-    steps: int,
-    batch: int,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    shift: int,
-    generator: torch.Generator,
-    device: str = "cpu",
-    what: str = "distil",
-) -> None:
-    """Train the student in place on soft labels: log-probabilities (N, K) of the images, or the teachers' own on moved images."""
-    student.to(device).train()
-    optimiser = torch.optim.SGD(student.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-    schedule = loop.one_cycle(optimiser, lr, steps)
-    batches = loop.index_batches(len(images), batch, steps, generator)
-    for _ in track(range(steps), what):
-        at = next(batches)
-        seen, wanted = images[at.numpy()], soft[at]
-        if shift:
-            seen = moved(seen, shift, generator)
-            wanted = soft_labels(teachers, seen, device)
-        answer = F.log_softmax(student(loop.to_float(seen, device)), 1)
-        optimiser.zero_grad(set_to_none=True)
-        divergence(answer, wanted.to(device), loss).backward()
-        optimiser.step()
-        schedule.step()
-    loop.check_finite(student, what, lr)
-
-
-def check(teachers: Sequence[Net], data: Dataset) -> None:
-    """Raises UserError where there is no teacher or no row, or a teacher takes other images or classes than the data has."""
-    if not teachers:
-        raise UserError("distillation needs at least one teacher, got none")
-    if len(data) == 0:
-        raise UserError("there is nothing to distil on: the data has no rows")
-    ours = (tuple(data.info.shape), len(data.info.classes))
-    for at, teacher in enumerate(teachers):
-        theirs = (tuple(teacher.arch["shape"]), teacher.arch["classes"])
-        if theirs != ours:
-            raise UserError(f"teacher {at} takes images {theirs[0]} of {theirs[1]} classes; the data has {ours[0]} and {ours[1]}")

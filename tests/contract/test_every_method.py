@@ -24,7 +24,7 @@ from tasks.core import catalog, loop, networks
 from tasks.core.dataset import SCHEMAS, Dataset, Writer
 from tasks.core.evidence import Evidence
 from tasks.core.files import folder_md5
-from tasks.core.method import Made, MethodConfig
+from tasks.core.method import Made, MethodConfig, Taught
 from tasks.core.metrics import Figure
 from tasks.core.networks import Net
 from tasks.registry import Decision, Offer, Ranking
@@ -127,7 +127,7 @@ RESULTS: dict[str, type | tuple[type, ...]] = {
     "condense": Made,
     "generate": Made,
     "train": Net,
-    "distill": Net,
+    "distill": (Net, Taught),
     "unlearn": Net,
     "evaluate": Evidence,
     "registry": (Decision, Net, Ranking),
@@ -139,6 +139,8 @@ def as_bytes(result: Any) -> bytes:
     """A result as bytes that are equal where and only where the results are, timings left out."""
     if isinstance(result, Made):
         return repr((result.rows.to_pylist(), sorted(result.figures.items()), result.curve)).encode()
+    if isinstance(result, Taught):
+        return as_bytes(result.net) + repr(sorted(result.figures.items())).encode()
     if isinstance(result, Net):
         return b"".join(value.numpy().tobytes() for value in result.state_dict().values()) + repr(result.arch).encode()
     if isinstance(result, Evidence):

@@ -29,12 +29,14 @@ SKELETON = ("MLmodel", "arch.json", "model_entry.py", "requirements.txt", "conda
 
 
 def purge_caches(settings: Settings, looker: Looker, whole: Collection[str], note: Note) -> None:
-    """Remove decoded images and fetched versions of what is gone, all that was fitted to earlier data, pages that show rows of it, and
-    results of Prefect; and black out ids in logs. `whole`: md5s of the data versions that can still be had.
+    """Remove decoded images and fetched versions of what is gone, what teachers said of rows, all that was fitted to earlier data, pages
+    that show rows of it, and results of Prefect; and black out ids in logs. `whole`: md5s of the data versions that can still be had.
     """
     for path in _entries(settings.cache / "decoded"):
         if path.stem not in whole or _carries(looker, path):
             _remove(path, "caches", note)
+    for path in _entries(settings.cache / "answers"):
+        _remove(path, "caches", note)
     for path in _entries(settings.cache / "versions"):
         if path.name.startswith(".") or any(_carries(looker, part) for part in path.rglob("*") if part.is_file()):
             _remove(path, "caches", note)

@@ -80,7 +80,9 @@ def arms(method: Any, seed: int, train: Images, test: Images, labelled: int, poo
     return [Row(arm, "accuracy", accuracy(net, test)) for arm, net in students.items()]
 
 
-def switched_off(teachers: Sequence[Net], data: Dataset, cfg: Config = STUDENT, *, seed: int = 0, device: str = "cpu") -> Net:
+def switched_off(
+    teachers: Sequence[Net], data: Dataset, cfg: Config = STUDENT, *, start: Net | None = None, seed: int = 0, device: str = "cpu"
+) -> Net:
     """The student of the labels."""
     return labels_only(teachers, data, cfg, seed=seed, device=device)
 
