@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from flows import _promotion
+from flows import _promotion, _students
 from flows._evidence import ABOUT
 from flows._registry import describe, register, version_of
 from flows._session import GENERATOR, Session, call, erase_settings, step
+from flows.distill import SETTINGS
 from flows.evaluate import evaluate_forgetting
 from flows.promote import promote
 from flows.unlearn import Unlearned
@@ -146,6 +147,8 @@ def _offered(here: Session, target: Target, made: Done) -> dict[str, Any]:
     """Register a version, and offer it where it is to take a champion's place."""
     register(target.name, made)
     version = version_of(target.name, made)
+    if budget := _students.budget_of(here.store.version(target.name, target.version).tags):
+        here.store.tag(target.name, version, _students.BUDGET, json.dumps(budget))
     if not target.champion:
         return {"replaced_by": version, "gate": "not asked: it takes no champion's place"}
     decision = call(promote, target.name, version, erasing=True)
@@ -154,17 +157,25 @@ def _offered(here: Session, target: Target, made: Done) -> dict[str, Any]:
 
 
 def _distilled(here: Session, target: Target, replaced: Mapping[str, ModelRef | None]) -> Done | None:
-    """The student made anew, by the same method, from the models that took its teachers' places and the data as it is now. None where
-    nothing took a teacher's place.
+    """The student made anew, by the same method and settings, from the models that took its teachers' places, and that of the one it went
+    on from, and the data as it is now. None where nothing took the place of one of them.
     """
-    stored = json.loads(here.store.client.get_run(target.ref.run_id).data.tags["retort.inputs"])
-    method, settings = here.method("distill")
+    tags = here.store.client.get_run(target.ref.run_id).data.tags
+    stored = json.loads(tags["retort.inputs"])
+    method, settings = tags["retort.method"], json.loads(tags.get(SETTINGS, "null"))
+    if settings is None:  # from before these were noted
+        method, settings, _ = _students.section(here)
     known = [heir(here, _model(found), replaced) for found in references(stored["teachers"])]
     teachers = tuple(found for found in known if found is not None)
     if len(teachers) < len(known):
         return None
-    data = tuple(_now(here, _data(found)) for found in references(stored["data"]))
-    return step(Plan("student", method, settings, {"teachers": teachers, "data": data}, here.seed))
+    inputs: Inputs = {"teachers": teachers, "data": tuple(_now(here, _data(found)) for found in references(stored["data"]))}
+    if "start" in stored:
+        start = heir(here, _model(stored["start"]), replaced)
+        if start is None:
+            return None
+        inputs = {**inputs, "start": start}
+    return step(Plan("student", method, settings, inputs, here.seed, {SETTINGS: json.dumps(settings)}))
 
 
 def heir(here: Session, ref: ModelRef, replaced: Mapping[str, ModelRef | None]) -> ModelRef | None:

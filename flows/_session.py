@@ -183,7 +183,12 @@ class Session:
 
     def check_settings(self) -> None:
         """Raise UserError where a method that a flow will run does not know a setting. Imports the methods."""
-        for family in ("train", "distill", "unlearn", "evaluate", "registry"):
+        from flows import _students  # which stands on this module
+
+        for one in _students.candidates(self):
+            catalog.configure(one.method, one.settings)
+        _students.bounds(_students.section(self)[2].budget)
+        for family in ("train", "unlearn", "evaluate", "registry"):
             name, settings = self.method(family)
             if family == "train":
                 settings = {**self.params("recipe"), **settings}

@@ -19,6 +19,11 @@ Models = Annotated[
     tuple[str, ...],
     Field(title="Models", description="NAME@alias, NAME/version or NAME, each; none: the newest of each model of this data set"),
 ]
+Teachers = Annotated[
+    tuple[str, ...],
+    Field(title="Teachers", description="NAME@alias, NAME/version or NAME, each; none: the newest teacher"),
+]
+Budget = Annotated[str, Field(title="Budget", max_length=200, description="What the student must keep to, such as latency_ms <= 2")]
 Generator = Annotated[bool, Field(title="Generator", description="A network that draws images, by the section generator of params.yaml")]
 Erasing = Annotated[bool, Field(title="Erasing", description="By the rules for a version that takes the place of one that must go")]
 Name = Annotated[str, Field(title="Registered model", min_length=1)]

@@ -77,9 +77,16 @@ def train(
 
 
 @app.command()
-def distill(teacher: Annotated[str, typer.Option(help="NAME@alias or NAME/version; default: the newest teacher.")] = "") -> None:
-    """Distill a smaller student from a teacher."""
-    execute(lambda: _flow("distill"), teacher=teacher)
+def distill(
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME@alias or NAME/version; default: the newest teacher; may be repeated: all teach."),
+    ] = None,
+    student: Annotated[str, typer.Option(help="Go on from this student: NAME@alias or NAME/version.")] = "",
+    budget: Annotated[str, typer.Option(help="Offer the student for promotion if it keeps to this, such as 'latency_ms <= 2'.")] = "",
+) -> None:
+    """Distill a smaller student from one or more teachers; of several students in params.yaml, the best within the budget."""
+    execute(lambda: _flow("distill"), teachers=tuple(teacher or ()), start=student, budget=budget)
 
 
 @app.command()

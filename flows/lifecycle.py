@@ -36,7 +36,7 @@ def lifecycle() -> str:
         do(curate)
         teacher = do(train)
         name, small = model_name("teacher"), model_name("student")
-        student = do(distill, teacher=f"{name}/{version_of(name, teacher)}")
+        student = do(distill, teachers=(f"{name}/{version_of(name, teacher)}",))
         work = do(unlearn, model=f"{name}/{version_of(name, teacher)}")
         models = {"teacher": teacher.ref, "student": student.ref, "unlearned": work.chosen.ref}
         evidence = do(evaluate, models=models)

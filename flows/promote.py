@@ -22,6 +22,7 @@ from flows import _evidence, _promotion
 from flows._registry import describe, find_model
 from flows._runs import HOUR, PROMOTED, REFUSED, emit, one_at_a_time, shown
 from flows._session import NeedsRun, erase_settings, session
+from flows._students import budget_of
 from flows._types import Erasing, Name, Version
 from tasks.core import catalog
 from tasks.core.errors import UserError
@@ -66,9 +67,9 @@ def offer(name: str, version: int, differing: Mapping[str, Mapping[str, Any]]) -
             models[_evidence.CHAMPION] = other
     gate, rules = here.method("registry")
     mode = rules.pop("mode", "enforce")
-    if differing:
+    for more in (differing, budget_of(there.tags)):
         known = rules.get("rules") or {}
-        rules["rules"] = {**known, **{metric: {**known.get(metric, {}), **own} for metric, own in differing.items()}}
+        rules["rules"] = {**known, **{metric: {**known.get(metric, {}), **own} for metric, own in more.items()}}
     runs = _evidence.gather(models, rules)
     found = there.tags.get("retort.verdict")
     verdict = json.loads(found) if found else {}

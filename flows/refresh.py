@@ -33,7 +33,7 @@ def refresh() -> str:
             raise NeedsRun("refresh")
         teacher, name, small = call(train), model_name("teacher"), model_name("student")
         count()
-        student = call(distill, teacher=f"{name}/{version_of(name, teacher)}")
+        student = call(distill, teachers=(f"{name}/{version_of(name, teacher)}",))
         count()
         call(evaluate, models={"teacher": teacher.ref, "student": student.ref})
         count()

@@ -20,8 +20,9 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows import _dvc
+from flows import _dvc, _students
 from flows._session import NeedsRun, session, tell
+from flows.distill import MEASURED
 from tasks.core import catalog, files
 from tasks.core.lineage import made_from
 from tasks.core.page import TEMPLATE, Data, Gallery, Page, Stage, pictures, render
@@ -67,6 +68,7 @@ def page_key(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) 
         "decisions": decisions,
         "data": {path: data_ref(settings, path).md5 for path in present()},
         "params": read_params(settings),
+        "students": sweep_of(models_of(evidence)),
         "source": [
             catalog.source_digest("tasks.core.page", "tasks.core.page_pictures"),
             *(files.file_md5(path) for path in (*sorted(TEMPLATE.parent.glob("*.j2")), Path(__file__))),
@@ -131,6 +133,7 @@ def gather(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) ->
         },
         settings=here.settings.params.read_text(encoding="utf-8"),
         versions=versions(),
+        **students(models),
         **samples(),
     )
 
@@ -156,6 +159,23 @@ def registered(decisions: list[dict[str, Any]]) -> tuple[dict[str, str], dict[st
                 aliases[found.tags["retort.model"]] = [f"{name}@champion"]
                 champions.append(f"{name}@champion")
     return titles, aliases, champions
+
+
+def students(models: dict[str, ModelRef]) -> dict[str, Any]:
+    """The students of the sweep that made the student, where one did."""
+    run = sweep_of(models)
+    if not run:
+        return {}
+    points, budget = _students.from_json(json.loads(session().store.artifact(run, _students.PICTURE).read_text(encoding="utf-8")))
+    return {"students": points, "budget": budget, "most_ms": _students.bounds(budget).get(_students.LATENCY, {}).get("max")}
+
+
+def sweep_of(models: dict[str, ModelRef]) -> str:
+    """The run that measured the sweep which made the student; empty where there was none."""
+    if "student" not in models:
+        return ""
+    wanted = {"retort.role": MEASURED, "retort.inputs": f"%{models['student'].model_id}%"}
+    return session().store.newest_run(wanted, like=True) or ""
 
 
 def specs(decisions: list[dict[str, Any]]) -> list[str]:

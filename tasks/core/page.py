@@ -18,10 +18,11 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from tasks.core import page_charts as charts
-from tasks.core import page_graph
+from tasks.core import page_front, page_graph
 from tasks.core.card import PERCENT, Card
 from tasks.core.errors import without_secrets
 from tasks.core.metrics import Figure
+from tasks.core.page_front import Point
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 LONGEST_CAPTION = 90
@@ -107,6 +108,7 @@ class Page:
     trees       of `core.lineage`; `titles` and `aliases` name registered models by model id
     figures     of the evidence on the models, and `details` of it; `about` says by name what each is
     promoted    names in the evidence whose confusion matrix is shown
+    students    of a sweep, in order; with the budget that was stated, and the latency that it allows
     forgetting  figures, `forgetting_details` and the seconds of each method by model
     """
 
@@ -130,6 +132,9 @@ class Page:
     scores: Scores | None = None
     galleries: Sequence[Gallery] = ()
     course: Sequence[Moment] = ()
+    students: Sequence[Point] = ()
+    budget: str = ""
+    most_ms: float | None = None
     concepts: Mapping[str, float] = field(default_factory=dict)
     tail: Collection[str] = ()
     class_rows: Sequence[ClassRow] = ()
@@ -208,7 +213,7 @@ def render(page: Page) -> str:
     """The page as HTML."""
     env = environment()
     env.filters.update(clean=clean, safe_text=without_secrets, uri=charts.data_uri, number=plain_number, truth=truth)
-    env.filters.update(sentence=sentence, unbroken=unbroken)
+    env.filters.update(sentence=sentence, unbroken=unbroken, percent=charts.percent, size=size)
     title, lead = headline(page.decisions)
     text: str = env.get_template(TEMPLATE.name).render(
         page=page,
@@ -225,6 +230,8 @@ def render(page: Page) -> str:
         times={name: run_time(name, page.seconds) for name in page.forgetting},
         scores=_scores(page.scores),
         scored=_scored(page.scores),
+        front=page_front.front(page.students, page.most_ms) if page.students else "",
+        states=page_front.STATES,
         concepts=charts.long_tail(page.concepts, page.tail, "Rows by the class that their caption names") if page.concepts else "",
         settings=without_secrets(page.settings),
     )

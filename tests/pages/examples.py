@@ -21,6 +21,7 @@ from tasks.core.dataset import Info as DataInfo
 from tasks.core.files import folder_md5
 from tasks.core.metrics import Figure
 from tasks.core.page import ClassRow, Data, Gallery, Page, Picture, Scores, Stage
+from tasks.core.page_front import Point
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'more' \u202egnp.exe\x00\nnext line"
 SHARES = {"teacher": 0.972, "student": 0.955, "unlearned": 0.966}
@@ -214,6 +215,15 @@ def example(folder: Path, **changes: Any) -> Page:
             page_pictures.condensed(Dataset.open(folder / "condensed"), 60),
         ],
         course=page_pictures.course(folder / "condensed"),
+        students=[
+            Point("widths 4 hidden 8", Figure(0.91, 0.90, 0.92), 0.06, 3000, "front"),
+            Point("widths 8-16 hidden 24 lr 0.01", Figure(0.14, 0.1, 0.2), 0.08, 12_000, "stopped", "widths 4 hidden 8 is more accurate"),
+            Point("widths 16-32 hidden 48", Figure(0.905, 0.89, 0.92), 0.13, 45_000, "behind"),
+            Point("widths 64-64 hidden 256", Figure(0.97, 0.96, 0.98), 0.18, 414_000, "chosen"),
+            Point("widths 128-128 hidden 512", Figure(0.98, 0.97, 0.985), 0.4, 1e6, "front", "latency_ms_b1 0.4 is above 0.2"),
+        ],
+        budget="latency_ms <= 0.2",
+        most_ms=0.2,
         concepts={name: 400 / (at + 1) ** 1.5 for at, name in enumerate(pool.info.classes)},
         tail=pool.info.classes[-2:],
         class_rows=page_pictures.by_class(pool.split("reference"), made, 5, 20),
