@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tasks.condense import _classes, _shared
+from tasks.condense import _classes, _shared, _start
 from tasks.core import loop
 from tasks.core.dataset import Dataset
 from tasks.core.method import Made, method
@@ -61,8 +61,11 @@ def gap(features: npt.NDArray[np.floating], labels: npt.NDArray[np.int64], chose
     paper="Herding Dynamical Weights to Learn (ICML 2009)",
     claim="class means of features nearer to those of all rows than n random images have them, with real images only",
 )
-def herding(data: Dataset, held_out: Dataset, n: int, cfg: Config = Config(), *, seed: int = 0, device: str = "cpu") -> Made:
+def herding(
+    data: Dataset, held_out: Dataset, n: int, cfg: Config = Config(), *, start: Dataset | None = None, seed: int = 0, device: str = "cpu"
+) -> Made:
     """Choose n rows and give them targets. Raises UserError where n does not fit the rows and classes, or there are no held-out rows."""
+    _start.refuse("herding", start)
     with loop.seeded(seed) as generator:
         source = _shared.prepare(data, n, **cfg.for_encoder(), generator=generator, device=device)
         drawn = _shared.random_positions(len(source.ids), n, generator)

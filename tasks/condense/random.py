@@ -8,7 +8,7 @@ Limits  the targets depend on every row that trained the encoder, so each sample
 
 from __future__ import annotations
 
-from tasks.condense import _shared
+from tasks.condense import _shared, _start
 from tasks.core import loop
 from tasks.core.dataset import Dataset
 from tasks.core.method import Made, method
@@ -22,8 +22,11 @@ SMOKE = Config(source_rows=60, widths=(4, 8), dim=8, encoder_steps=3, encoder_ba
 
 
 @method(paper="none: a baseline", claim="the held-out KRR loss that condense.krr_st and condense.kmeans must beat")
-def random(data: Dataset, held_out: Dataset, n: int, cfg: Config = Config(), *, seed: int = 0, device: str = "cpu") -> Made:
-    """Draw n rows and give them targets. Raises UserError where there are fewer rows than n, or no held-out rows."""
+def random(
+    data: Dataset, held_out: Dataset, n: int, cfg: Config = Config(), *, start: Dataset | None = None, seed: int = 0, device: str = "cpu"
+) -> Made:
+    """Draw n rows and give them targets. Raises UserError where there are fewer rows than n, no held-out rows, or a start."""
+    _start.refuse("random", start)
     with loop.seeded(seed) as generator:
         source = _shared.prepare(data, n, **cfg.for_encoder(), generator=generator, device=device)
         chosen = _shared.random_positions(len(source.ids), n, generator)

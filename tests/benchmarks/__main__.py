@@ -296,6 +296,39 @@ def condensing(place: Path) -> None:
             ours, *others = (figures[f"heldout_loss{arm}"] for arm in ("", "_random", "_kmeans"))
             show(f"krr_st, {name}, {n} samples: held-out loss", f"{ours:.3f}", f"below random {others[0]:.3f}, k-means {others[1]:.3f}")
             show(f"krr_st, {name}, {n} samples: CPU time", f"{time.process_time() - began:.0f} s", "")
+    again(rows, 50, place)
+
+
+def again(rows: int, n: int, place: Path) -> None:
+    """KRR-ST after a twentieth of the rows was exchanged: from the last result and from scratch, with all outer steps and with a third."""
+    from dataclasses import replace
+
+    from tasks.condense.krr_st import Config, krr_st
+    from tasks.core.dataset import Dataset, Writer
+    from tests.claims.samples import dataset, images
+
+    found, cfg = images(shared_data() / "fashion_mnist", "train"), Config()
+    third = cfg.model_copy(update={"outer_steps": cfg.outer_steps // 3})
+    losses: dict[str, list[float]] = {}
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(found.labels))
+        held_out, before, after = (
+            dataset(found.pixels[at], found.labels[at], found.classes, prefix=prefix)
+            for at, prefix in ((order[:500], "h"), (order[500 : 500 + rows], "r"), (order[500 + rows // 20 : 500 + rows + rows // 20], "s"))
+        )
+        with Writer(place / f"condensed-{seed}", replace(before.info, schema="condensed")) as out:
+            out.write(krr_st(before, held_out, n, cfg, seed=seed).rows)
+        start = Dataset.open(place / f"condensed-{seed}")
+        for steps, settings in (("all steps", cfg), ("a third", third)):
+            scratch = krr_st(after, held_out, n, settings, seed=seed).figures
+            going_on = krr_st(after, held_out, n, settings, start=start, seed=seed).figures
+            losses.setdefault(f"from scratch, {steps}", []).append(scratch["heldout_loss"])
+            losses.setdefault(f"from the last result, {steps}", []).append(going_on["heldout_loss"])
+        losses.setdefault("random images", []).append(going_on["heldout_loss_random"])
+        losses.setdefault("the last result as it is", []).append(going_on["heldout_loss_start"])
+    for arm, values in losses.items():
+        each = ", ".join(f"{value:.4f}" for value in values)
+        show(f"krr_st, {n} samples, 5% other rows, {arm}: held-out loss", f"{np.mean(values):.4f}", f"to be read; by seed {each}")
 
 
 def question_alone(folder: Path, imports: str, question: str) -> float:
