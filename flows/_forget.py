@@ -15,9 +15,11 @@ from flows._session import GENERATOR, Session, call, erase_settings, step
 from flows.distill import SETTINGS
 from flows.evaluate import evaluate_forgetting
 from flows.promote import promote
+from flows.train import trained
 from flows.unlearn import Unlearned
+from tasks.core.errors import UserError
 from tasks.core.lineage import references
-from tasks.core.refs import DataRef, EvidenceRef, ModelRef, data_ref
+from tasks.core.refs import DataRef, EvidenceRef, ModelRef, data_ref, folder_of, open_data
 from tasks.core.step import Done, Inputs, Plan, read_evidence
 from tasks.core.store import Store
 
@@ -101,26 +103,34 @@ def replace(
         done |= {"action": "distilled again", "method": made.method}
         return done | _offered(here, target, made)
     whole = tuple(seen_by(here.store, target.ref))
-    forget = tuple(ref.model_copy(update={"only": request}) for ref in whole)
     retain = tuple(dict.fromkeys(_now(here, ref) for ref in whole))
+    # a version that an earlier request purged is gone; what was left of it stands in those that came after
+    there = [ref for ref in whole if _can_be_had(here, ref)] or retain
+    forget = tuple(ref.model_copy(update={"only": request}) for ref in there)
+    labels = open_data(here.settings, *forget).labels()
     inputs: Inputs = {"model": target.ref, "forget": forget, "retain": retain}
     about = {"retort.request": request}
-    if here.store.role(target.ref) == GENERATOR:
-        (train, how), (method, settings) = here.generator()
+    generator = here.store.role(target.ref) == GENERATOR
+    if len(labels) == 0:  # the rows themselves are gone: nothing can be unlearned
+        made = trained(GENERATOR if generator else "teacher", {"data": retain}, about)
+        return done | {"action": "retrained", "method": made.method} | _offered(here, target, made)
+    if generator:
+        method, settings = here.generator()[1]
         if target.action == "unlearn":
             made = step(Plan("unlearned", method, settings, inputs, here.seed, about))
         else:
-            made = step(Plan(GENERATOR, train, how, {"data": retain}, here.seed, about))
+            made = trained(GENERATOR, {"data": retain}, about)
         return done | {"action": f"{target.action}ed", "method": made.method} | _offered(here, target, made)
-    reference: Done | None = None
-    if target.action == "retrain" or erase_settings(here).reference:
+    reference, measurable = None, bool((labels >= 0).any())
+    if target.action == "retrain" or (measurable and erase_settings(here).reference):
         reference = step(Plan("retrained", RETRAIN, here.params("recipe"), inputs, here.seed, about))
     method, settings = (RETRAIN, {}) if target.action == "retrain" else choose(here)
     made = reference if method == RETRAIN and reference else step(Plan("unlearned", method, settings, inputs, here.seed, about))
-    outcome = _judged(here, target, made, reference, request, forget, retain, scenario)
+    beside = reference if measurable else None
+    outcome = _judged(here, target, made, beside, request, forget, retain, scenario)
     if outcome["gate"].startswith("refused") and policy == "auto" and method != RETRAIN:
         made = reference or step(Plan("retrained", RETRAIN, here.params("recipe"), inputs, here.seed, about))
-        outcome = _judged(here, target, made, made, request, forget, retain, scenario)
+        outcome = _judged(here, target, made, made if measurable else None, request, forget, retain, scenario)
     return done | outcome
 
 
@@ -128,7 +138,7 @@ def _judged(
     here: Session, target: Target, made: Done, reference: Done | None, request: str, forget: tuple[DataRef, ...],
     retain: tuple[DataRef, ...], scenario: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure how well a version forgot, where there is a reference, and offer it."""
+    """Measure how well a version forgot, where there is a reference to hold it against, and offer it."""
     exact = made.method == RETRAIN
     facts: dict[str, Any] = {"action": "retrained" if exact else "unlearned", "method": made.method}
     if reference is not None:
@@ -242,6 +252,14 @@ def seen_by(store: Store, ref: ModelRef) -> Iterator[DataRef]:
 
     walk(ref)
     yield from given
+
+
+def _can_be_had(here: Session, ref: DataRef) -> bool:
+    try:
+        folder_of(here.settings, ref)
+    except UserError:
+        return False
+    return True
 
 
 def _now(here: Session, ref: DataRef) -> DataRef:

@@ -8,6 +8,9 @@ Started   by `retort run`, `retort train`, or a schedule
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from prefect import flow
 
 from flows._registry import find_model, model_name, register, run_of
@@ -36,23 +39,31 @@ def train(data: Folders = (), start: Model = "", generator: Generator = False) -
     name = model_name(role)
     data = data or (REAL if generator else DATA)
     with one_at_a_time(here, name), shown(here, 1):
-        method, settings = here.generator()[0] if generator else here.method("train")
-        settings = settings if generator else {**here.params("recipe"), **settings}
-        settings.pop("pretrain", None)
         inputs: Inputs = {"data": tuple(data_ref(here.settings, spec) for spec in data)}
-        if start:
-            inputs = {**inputs, "start": find_model(start)}
-        elif not generator and (first := here.pretraining()):
-            before = step(Plan("pretrained", *first, {"data": tuple(data_ref(here.settings, spec) for spec in FEW)}, here.seed))
-            here.record("train", before.method, before.cached, before.seconds, f"a start from {before.figures['rows']:.0f} condensed rows")
-            inputs = {**inputs, "start": before.ref}
-        done = step(Plan(role, method, settings, inputs, here.seed))
+        done = trained(role, {**inputs, "start": find_model(start)} if start else inputs)
         version = register(name, done)
         words = f"version {version}, {done.figures['parameters']:,.0f} parameters"
-        here.record("train", method, done.cached, done.seconds, words, run_of(done))
+        here.record("train", done.method, done.cached, done.seconds, words, run_of(done))
         if not done.cached and alone() and not generator:  # what answers measures classifiers
             emit(here, TRAINED, f"model.{name}", name=name, version=version)
     return done
+
+
+def trained(role: str, inputs: Inputs, about: Mapping[str, Any] | None = None) -> Done:
+    """Train by the section of params.yaml: a generator where `role` says so, else a teacher, on from what `train.pretrain` makes unless the
+    inputs name a start. `about`: tags for the run.
+    """
+    here = session()
+    if role == GENERATOR:
+        method, settings = here.generator()[0]
+        return step(Plan(role, method, settings, inputs, here.seed, about or {}))
+    method, settings = here.method("train")
+    settings.pop("pretrain", None)
+    if "start" not in inputs and (first := here.pretraining()):
+        before = step(Plan("pretrained", *first, {"data": tuple(data_ref(here.settings, spec) for spec in FEW)}, here.seed))
+        here.record("train", before.method, before.cached, before.seconds, f"a start from {before.figures['rows']:.0f} condensed rows")
+        inputs = {**inputs, "start": before.ref}
+    return step(Plan(role, method, {**here.params("recipe"), **settings}, inputs, here.seed, about or {}))
 
 
 if __name__ == "__main__":
