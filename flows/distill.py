@@ -49,13 +49,18 @@ def distill(teachers: Teachers = (), data: Folder = "data/filtered", start: Mode
         version = register(name, done)
         if limits and not here.planning:
             here.store.tag(name, version, _students.BUDGET, json.dumps(limits))
-        words = f"version {version}, {done.figures['parameters']:,.0f} parameters"
+        words = ", ".join([f"version {version}", f"{done.figures['parameters']:,.0f} parameters", *_told(done)])
         here.record("distill", done.method, done.cached, done.seconds, words, run_of(done))
         if not done.cached and alone():
             emit(here, TRAINED, f"model.{name}", name=name, version=version)
     if budget and (here.plain or alone()):
         call(promote, name, version)
     return done
+
+
+def _told(done: Done) -> list[str]:
+    """What the method alone knows, such as how often it asked its teacher."""
+    return [f"{name.replace('_', ' ')} {value:,.4g}" for name, value in done.figures.items() if name not in ("parameters", "rows")]
 
 
 def _inputs(teachers: tuple[str, ...], data: str, start: str) -> Inputs:
