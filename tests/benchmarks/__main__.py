@@ -277,6 +277,20 @@ def near_duplicates(place: Path) -> None:
     dedup.report(show)
 
 
+def distilling(place: Path) -> None:
+    """What a step of distillation costs beside its bare parts, a loop by hand, and the field's trainer."""
+    from tests.benchmarks import distilling as steps
+
+    steps.report(show)
+
+
+def students(place: Path) -> None:
+    """All distillers on one teacher and one size of student."""
+    from tests.benchmarks import students as table
+
+    table.report(show)
+
+
 def condensing(place: Path) -> None:
     """KRR-ST on images of 28 and 32 pixels with 10, 50 and 100 samples: held-out loss beside random and k-means images, one seed each."""
     from tasks.condense.krr_st import Config, krr_st
@@ -397,6 +411,8 @@ ALL: dict[str, Callable[[Path], None]] = {
     "filtering": filtering,
     "near_duplicates": near_duplicates,
     "condensing": condensing,
+    "distilling": distilling,
+    "students": students,
 }
 
 
