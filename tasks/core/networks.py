@@ -162,7 +162,8 @@ def _stitch(given: list[int], taken: list[int]) -> nn.Module:
 KINDS: dict[str, type[Net]] = {"convnet": ConvNet, "simplex": Simplex, "stitched": Stitched}
 # in modules of their own, which import this one: they are read when one is wanted
 DRAWING = {"denoiser": ("tasks.core.denoiser", "ClassDenoiser"), "text_denoiser": ("tasks.core.text_to_image", "TextDenoiser")}
-ELSEWHERE = {**DRAWING, "clip": ("tasks.core.clip", "ClipClassifier")}
+PLAIN = {"fcn": ("tasks.core.plain", "FCN"), "plain_conv": ("tasks.core.plain", "PlainConv")}
+ELSEWHERE = {**DRAWING, **PLAIN, "clip": ("tasks.core.clip", "ClipClassifier")}
 
 
 def draws(arch: dict[str, Any]) -> bool:

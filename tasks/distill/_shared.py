@@ -81,13 +81,24 @@ def asked(teachers: Sequence[Net], seen: Tensor) -> Tensor:
 
 def log_mean(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Logarithm (n, K) of the mean over M teachers of their probabilities at a temperature; logits (M, n, K)."""
-    return torch.logsumexp(F.log_softmax(logits / temperature, 2), 0) - np.log(len(logits))
+    logs = F.log_softmax(logits / temperature, 2)
+    return logs[0] if len(logs) == 1 else torch.logsumexp(logs, 0) - np.log(len(logs))
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats of each row (n,), of log-probabilities (n, K). What p holds for impossible adds nothing."""
     # xlogy's rule: a term with p = 0 is 0, also where its logarithm is -inf
     return torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats over those of the rows (N, K) that have a label (N,), not -1; 0 where none has."""
+    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / (labels >= 0).sum().clamp_min(1)
+
+
+def peers(teachers: Sequence[Net]) -> list[Net]:
+    """A fresh network of each teacher's description, which has learnt nothing. Call it inside `loop.seeded`."""
+    return [networks.build(net.arch) for net in teachers]
 
 
 def fit(
@@ -104,14 +115,20 @@ def fit(
     shift: int = 0,
     device: str = "cpu",
     what: str = "distil",
+    adam: bool = False,
 ) -> None:
-    """Train in place by SGD with a one-cycle schedule; several networks that learn together are one module that holds them.
+    """Train in place by SGD, or Adam, with a one-cycle schedule; several networks that learn together are one module that holds them.
 
     `loss(seen, at)` is that of a batch: the images `seen` (n, C, H, W) in [0, 1] of the rows at positions `at` (n,). The network stays on
     the device, in training mode. Raises UserError where training diverged.
     """
     net.to(device).train()
-    optimiser = torch.optim.SGD([weights for weights in net.parameters() if weights.requires_grad], lr, momentum, weight_decay=weight_decay)
+    learning = [weights for weights in net.parameters() if weights.requires_grad]
+    optimiser: torch.optim.Optimizer = (
+        torch.optim.Adam(learning, lr, (momentum, 0.999), weight_decay=weight_decay)
+        if adam
+        else torch.optim.SGD(learning, lr, momentum, weight_decay=weight_decay)
+    )
     schedule = loop.one_cycle(optimiser, lr, steps)
     batches = loop.index_batches(len(images), batch, steps, generator)
     for _ in track(range(steps), what):
@@ -129,9 +146,9 @@ def moved(images: Images, shift: int, generator: torch.Generator) -> Images:
     """Each image (N, C, H, W) moved by up to `shift` pixels in each direction, edges repeated."""
     n, _, height, width = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)), mode="edge")
-    down, right = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator).numpy()
-    rows, columns = down + np.arange(height), right + np.arange(width)
-    return padded[np.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].transpose(0, 3, 1, 2)
+    down, right = torch.randint(0, 2 * shift + 1, (2, n), generator=generator).numpy()
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+    return np.asarray(windows[np.arange(n), :, down, right])
 
 
 def begun(start: Net | None, images: Images, info: Info, *, widths: tuple[int, ...], hidden: int) -> Net:

@@ -22,6 +22,7 @@ import torch
 
 from tasks.core import catalog, loop, networks
 from tasks.core.dataset import SCHEMAS, Dataset, Writer
+from tasks.core.errors import UserError
 from tasks.core.evidence import Evidence
 from tasks.core.files import folder_md5
 from tasks.core.method import Made, MethodConfig, Taught
@@ -104,7 +105,12 @@ def run(name: str, data: Dataset, seed: int) -> Any:
     if family == "train":
         return call(condensed(train) if method.reads == catalog.CONDENSED else train, cfg, seed=seed)
     if family == "distill":
-        return call([small_net(data, 1)], train + reference.without_labels(), cfg, seed=seed)
+        given = [small_net(data, 1)], train + reference.without_labels(), cfg
+        try:
+            return call(*given, seed=seed)
+        except UserError as refusal:  # some go on from a student only, and say how to name one
+            assert "--student" in str(refusal), refusal
+            return call(*given, start=small_net(data, 4), seed=seed)
     if family == "unlearn" and method.takes != catalog.CLASSIFIER:
         fives = train.labels() == 5
         return call(small_denoiser(data, method.takes), train.where(fives), train.where(~fives), cfg, seed=seed)
