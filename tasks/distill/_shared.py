@@ -93,7 +93,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats over those of the rows (N, K) that have a label (N,), not -1; 0 where none has."""
-    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / (labels >= 0).sum().clamp_min(1)
+    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / max(int((labels >= 0).sum()), 1)
 
 
 def peers(teachers: Sequence[Net]) -> list[Net]:
