@@ -60,7 +60,7 @@ def distill(teachers: Teachers = (), data: Folder = "data/filtered", start: Mode
 
 def _told(done: Done) -> list[str]:
     """What the method alone knows, such as how often it asked its teacher."""
-    return [f"{name.replace('_', ' ')} {value:,.4g}" for name, value in done.figures.items() if name not in ("parameters", "rows")]
+    return [f"{name} {value:,.4g}" for name, value in done.figures.items() if name not in ("parameters", "rows")]
 
 
 def _inputs(teachers: tuple[str, ...], data: str, start: str) -> Inputs:
