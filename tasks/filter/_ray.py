@@ -22,15 +22,17 @@ from tasks.filter._shared import Scores
 class Scorer:
     """An actor: it scores pieces of the pool, given as first and last row."""
 
-    def __init__(self, pool: Dataset, columns: list[str], prepare: Callable[..., Any], score: Callable[..., Scores], size: int) -> None:
-        self.pool, self.columns, self.prepare, self.score, self.size = pool, columns, prepare, score, size
+    def __init__(
+        self, pool: Dataset, columns: list[str], prepare: Callable[..., Any], score: Callable[..., Scores], size: int, device: str
+    ) -> None:
+        self.pool, self.columns, self.prepare, self.score, self.size, self.device = pool, columns, prepare, score, size, device
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
         """The scores of one piece, as bytes: rows (n,) or (n, k) float32."""
-        from tasks.filter._resume import score_piece
+        from tasks.filter._resume import score_pieces
 
-        start, stop = int(piece["start"]), int(piece["stop"])
-        found = score_piece(self.pool, start, stop, self.columns, self.prepare, self.score, self.size)
+        wanted = [(int(piece["start"]), int(piece["stop"]))]
+        ((start, found),) = score_pieces(self.pool, wanted, self.columns, self.prepare, self.score, size=self.size, device=self.device)
         return {"start": start, "width": found.shape[1] if found.ndim == 2 else 0, "scores": found.tobytes()}
 
 
@@ -42,10 +44,12 @@ def scored(
     score: Callable[[Any], Scores],
     *,
     size: int,
+    device: str = "cpu",
 ) -> Iterator[tuple[int, Scores]]:
     """The first row and the scores of each piece, in whatever order they are done. Raises UserError where Ray cannot be had.
 
-    A piece whose machine is lost goes to another one. Ray is started here, on this machine alone, unless RAY_ADDRESS names a cluster.
+    Where `device` is CUDA each actor asks for a GPU of its own; a UserError says where there is none. A piece whose machine is lost goes
+    to another one. Ray is started here, on this machine alone, unless RAY_ADDRESS names a cluster.
     """
     try:
         import ray
@@ -66,13 +70,18 @@ def scored(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.max_errored_blocks = 0
-        most = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        own_gpu = device.startswith("cuda")
+        there = ray.cluster_resources()
+        if own_gpu and there.get("GPU", 0) < 1:
+            raise UserError(f"RETORT_DEVICE is {device!r}, but no machine of the cluster offers Ray a GPU: unset it to score on their CPUs")
+        most = max(1, int(there.get("GPU" if own_gpu else "CPU", 1)))
         items = [{"start": start, "stop": stop} for start, stop in pieces]
         made = ray.data.from_items(items, override_num_blocks=len(items)).map(
             Scorer,  # type: ignore[arg-type]  # a class is made once for each actor; the annotation knows functions alone
-            fn_constructor_args=(pool, columns, prepare, score, size),
+            fn_constructor_args=(pool, columns, prepare, score, size, device),
             compute=ray.data.ActorPoolStrategy(size=min(most, len(items))),  # one that is lost comes again, as often as need be
             num_cpus=1,
+            num_gpus=int(own_gpu),
         )
         for row in made.iter_rows():
             found = np.frombuffer(row["scores"], dtype=np.float32)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -40,16 +41,17 @@ from tasks.core.errors import UserError
 from tasks.core.method import Made, MethodConfig, method
 from tasks.core.progress import track
 from tasks.filter._clip import Pretrained
-from tasks.filter._resume import digest, scored
-from tasks.filter._shared import Scores, augment, keep_top, survivors, verdicts, words
+from tasks.filter._resume import digest, engine, place, scored
+from tasks.filter._shared import Scores, augment, compiled, keep_top, need_compiler, pixels, staged, survivors, verdicts, words
 
 UNKNOWN = 0  # the token of every word that the reference captions lack; never trained, so that it points nowhere in particular
 HOTTEST = 100.0  # what the cosines are multiplied with at most (CLIP)
 SCORED_AT_ONCE = 512
+SEEN_AT_ONCE = 128  # by the image tower on the CPU: what it computes of more leaves the cache, and is new memory from the system each time
 TEMPLATE = "a photo of a {}"  # what a class is called in fine-tuning (CLIP)
 PAIR = ("image", "caption")
 Tokens = list[npt.NDArray[np.int64]]
-Pairs = tuple[npt.NDArray[np.uint8], Tokens]
+Pairs = tuple[Tensor, Tensor, Tensor]
 
 
 class Config(MethodConfig):
@@ -72,6 +74,7 @@ class Config(MethodConfig):
     tune_steps: int = Field(0, ge=0, description="batches of fine-tuning on the trusted labelled rows, told by the names of their classes")
     tune_lr: float = Field(1e-3, gt=0, description="its peak learning rate")
     ensemble: float = Field(0.5, ge=0, le=1, description="share of the fine-tuned weights in the mean with those before")  # WiSE-FT
+    compile: bool = Field(False, description="score with towers compiled by torch; takes a C++ compiler, and about a minute at first")
 
 
 SMOKE = Config(keep=0.5, steps=6, batch=16, width=4, mask_same=True, tune_steps=2)
@@ -84,8 +87,10 @@ def vocabulary(captions: Iterable[str]) -> dict[str, int]:
 
 
 def tokenise(captions: Iterable[str], known: dict[str, int]) -> Tokens:
-    """Tokens of each caption; a caption without any word is one unknown word."""
-    return [np.array([known.get(word, UNKNOWN) for word in words(caption)] or [UNKNOWN], dtype=np.int64) for caption in captions]
+    """Tokens of each caption, the same array for equal ones; a caption without any word is one unknown word."""
+    captions = list(captions)
+    of = {text: np.array([known.get(word, UNKNOWN) for word in words(text)] or [UNKNOWN], dtype=np.int64) for text in set(captions)}
+    return [of[text] for text in captions]
 
 
 def bags(tokens: Sequence[npt.NDArray[np.int64]], device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -191,26 +196,52 @@ def fit(
 
 
 @torch.no_grad()
+def cosines(towers: Towers, images: Tensor, tokens: Tensor, starts: Tensor) -> Tensor:
+    """Cosine (N,) of each image (N, C, H, W) in [0, 1] with its own caption, as `bags` gives them. The towers must be in eval mode, so
+    that no pair depends on another.
+    """
+    told = towers.read(tokens, starts)
+    parts = images.tensor_split(-(-len(images) // SEEN_AT_ONCE)) if images.device.type == "cpu" else [images]
+    return (torch.cat([towers.see(some) for some in parts]) * told).sum(1)
+
+
 def score(towers: Towers, images: npt.NDArray[np.uint8], tokens: Tokens, device: str = "cpu") -> Scores:
-    """Cosine (N,) of each image with its own caption. The towers must be in eval mode, so that no pair depends on another."""
-    told = towers.read(*bags(tokens, device))
-    return (towers.see(loop.to_float(images, device)) * told).sum(1).cpu().numpy()
+    """`cosines` of uint8 images and of the tokens of their captions."""
+    return cosines(towers, loop.to_float(images, device), *bags(tokens, device)).cpu().numpy()
 
 
-def reader(known: dict[str, int], shape: tuple[int, int, int]) -> Callable[[pa.RecordBatch], Pairs]:
-    """What makes images (N, C, H, W) and the tokens of N captions of a batch with the columns `image` and `caption`."""
+def reader(known: dict[str, int], shape: tuple[int, int, int], device: str = "cpu") -> Callable[[pa.RecordBatch], Pairs]:
+    """What makes images (N, C, H, W), and the `bags` of N captions, of a batch with the columns `image` and `caption`.
+
+    Images are in [0, 1]; for an accelerator they stay uint8, which is a quarter to copy.
+    """
 
     def read(batch: pa.RecordBatch) -> Pairs:
-        images = decode(batch.column("image").field("bytes").to_pylist(), shape)
-        return images, tokenise([text or "" for text in batch.column("caption").to_pylist()], known)
+        images = pixels(batch.column("image").field("bytes").to_pylist(), shape)
+        ready = loop.to_float(images) if device == "cpu" else torch.from_numpy(np.array(images, order="C"))
+        told = bags(tokenise([text or "" for text in batch.column("caption").to_pylist()], known))
+        return staged(ready, device), staged(told[0], device), staged(told[1], device)
 
     return read
+
+
+def judge(towers: Towers, device: str = "cpu", fast: bool = False) -> Callable[[Pairs], Scores]:
+    """What scores the pairs that `reader` makes; `fast`: by compiled towers."""
+
+    def cosine(pairs: Pairs) -> Scores:
+        if fast:
+            compiled(towers.image, towers.text)
+        images, *told = (some.to(device, non_blocking=True) for some in pairs)
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images
+        return cosines(towers.to(device), images, *told).cpu().numpy()
+
+    return cosine
 
 
 def unknown_words(pool: Dataset, known: dict[str, int]) -> float:
     """The share of the words in the pool's captions that are not known."""
     unknown = read = 0
-    for batch in pool.batches(["caption"], SCORED_AT_ONCE):
+    for batch in pool.batches(["caption"], 8 * SCORED_AT_ONCE):
         for some in tokenise([text or "" for text in batch.column(0).to_pylist()], known):
             unknown, read = unknown + int((some == UNKNOWN).sum()), read + len(some)
     return unknown / max(read, 1)
@@ -247,17 +278,21 @@ def dfn(pool: Dataset, reference: Dataset, cfg: Config = Config(), *, seed: int 
     Raises UserError where image shapes differ, where the reference set has less than two captions, where the network cannot be had, or
     where no row would be left.
     """
-    count = survivors(len(pool), cfg.keep)
+    device, count = place(device, cfg.pretrained is None or engine() == "local"), survivors(len(pool), cfg.keep)
+    if cfg.compile:
+        need_compiler()
+    score_all = partial(scored, pool, PAIR, size=SCORED_AT_ONCE, device=device)
+    roughly = [word for word, changes in (("compiled", cfg.compile), (device, device != "cpu")) if changes]  # other last bits
     figures: dict[str, float] = {"rows": float(len(pool))}
     curve: list[dict[str, float]] = []
     with loop.seeded(seed) as generator:
         if cfg.pretrained is not None:
-            network = Pretrained(cfg.pretrained, device)
-            scores = scored(pool, PAIR, network.reader(pool.info.shape), network.score, key=digest(network), size=SCORED_AT_ONCE)
+            network = Pretrained(cfg.pretrained, device, cfg.compile)
+            scores = score_all(network.reader(pool.info.shape), network.score, key=digest(network, *roughly))
         else:
             towers, known, curve = _trained(pool, reference, cfg, generator, device)
-            read = reader(known, pool.info.shape)
-            scores = scored(pool, PAIR, read, lambda pairs: score(towers, *pairs, device), key=digest(towers, *known), size=SCORED_AT_ONCE)
+            read = reader(known, pool.info.shape, device)
+            scores = score_all(read, judge(towers, device, cfg.compile), key=digest(towers, *known, *roughly))
             figures |= {"unknown_words": unknown_words(pool, known), "reference_rows": float(len(reference)), "loss": curve[-1]["loss"]}
     ids = pool.column("sample_id")
     if cfg.threshold is None:

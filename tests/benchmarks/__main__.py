@@ -255,8 +255,20 @@ def filtering(place: Path) -> None:
     folder = workspace.make(place / "job", full_size())
     large.make_pool(folder / "data" / "pool", large.ROWS)
     whole = large.run(folder)
+    had = f"{whole['threads']:.0f} torch thread, {whole['cores']:.0f} cores"
     show(f"{whole['rows']:,.0f} rows scored", f"{whole['rate']:,.0f} rows/s", "")
-    show("over the network's bare forward pass", f"{whole['rate'] / whole['bare']:.2f}", "0.9 or more")
+    show("with verdicts and figures", f"{whole['rate_with_verdicts']:,.0f} rows/s", "")
+    show(f"bare forward pass of the small network, {had}", f"{whole['bare']:,.0f} rows/s", "")
+    show(f"filter over it, {had}", f"{whole['ratio']:.2f}", "0.9 or more")
+    show("the same, both held to one core", f"{whole['ratio_one_core']:.2f}", "")
+    clip = large.run(folder, what="clip")
+    had = f"{clip['threads']:.0f} torch thread, {clip['cores']:.0f} cores"
+    show(f"CLIP of the size of ViT-B/32, {clip['flops'] / 1e9:.1f} GFLOP a row, {had}", f"{clip['rate']:,.1f} images/s", "")
+    show("filter over its bare forward pass, the same threads and cores", f"{clip['ratio']:.2f}", "0.9 or more")
+    done = clip["rate"] * clip["flops"]
+    if clip["cuda"]:
+        share = f"{done / clip['peak']:.2f}" if clip["peak"] else "RETORT_PEAK_TFLOPS?"
+        show(f"share of the card's peak, at {done / 1e12:.0f} TFLOP/s", share, "")
     show("memory that grew meanwhile", f"{whole['grown_mb']:.0f} MB", "")
     if "datasets" in whole:
         show("over datasets.map with the same reader and scorer", f"{whole['rate'] / whole['datasets']:.2f}", "1 or more")

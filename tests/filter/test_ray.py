@@ -13,7 +13,7 @@ import pytest
 
 from tasks.core.dataset import Dataset, Info, Writer
 from tasks.core.errors import UserError
-from tasks.filter import _resume
+from tasks.filter import _ray, _resume
 from tasks.filter.dfn import SMOKE, dfn
 from tests.conftest import image_rows
 
@@ -76,6 +76,21 @@ def test_a_cluster_that_loses_a_node_gives_the_same_verdicts(
     assert not cluster.second.any_processes_alive()
     assert found.rows.equals(expected.rows)
     assert found.figures == expected.figures
+
+
+def test_an_actor_on_an_accelerator_has_a_gpu_of_its_own(pool: Dataset, cluster) -> None:
+    def gpus(_: object) -> np.ndarray:
+        return np.array([float(ray.get_runtime_context().get_accelerator_ids()["GPU"][0])] * 8, dtype=np.float32)
+
+    pieces = [(start, start + 8) for start in range(0, 48, 8)]
+    how = {"columns": ["sample_id"], "prepare": lambda batch: batch, "score": gpus, "size": 8, "device": "cuda"}
+    with pytest.raises(UserError, match="no machine of the cluster offers Ray a GPU"):
+        list(_ray.scored(pool, pieces, **how))
+    cluster.add_node(num_cpus=2, num_gpus=2)
+    cluster.wait_for_nodes()
+    found = dict(_ray.scored(pool, pieces, **how))
+    assert sorted(found) == [start for start, _ in pieces]
+    assert {float(scores[0]) for scores in found.values()} <= {0.0, 1.0}
 
 
 def at_work(node) -> bool:
