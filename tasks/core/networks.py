@@ -163,7 +163,8 @@ KINDS: dict[str, type[Net]] = {"convnet": ConvNet, "simplex": Simplex, "stitched
 # in modules of their own, which import this one: they are read when one is wanted
 DRAWING = {"denoiser": ("tasks.core.denoiser", "ClassDenoiser"), "text_denoiser": ("tasks.core.text_to_image", "TextDenoiser")}
 PLAIN = {"fcn": ("tasks.core.plain", "FCN"), "plain_conv": ("tasks.core.plain", "PlainConv")}
-ELSEWHERE = {**DRAWING, **PLAIN, "clip": ("tasks.core.clip", "ClipClassifier")}
+STREAMS = {"continual": ("tasks.core.continual", "Continual")}
+ELSEWHERE = {**DRAWING, **PLAIN, **STREAMS, "clip": ("tasks.core.clip", "ClipClassifier"), "compact": ("tasks.core.compact", "Compact")}
 
 
 def draws(arch: dict[str, Any]) -> bool:

@@ -169,7 +169,7 @@ MODEL_COLUMNS: dict[str, tuple[str, str, Any]] = {
     "latency_ms_b1": ("Latency, 1", "milliseconds of one forward pass over 1 image", _number(2)),
     "latency_ms_b64": ("Latency, 64", "milliseconds of one forward pass over 64 images", _number(2)),
     "parameters": ("Parameters", "learned numbers", _number(0)),
-    "size_bytes": ("Size", "weights and buffers as float32", size),
+    "size_bytes": ("Size", "bytes of all weights and buffers", size),
 }
 FORGETTING_COLUMNS: dict[str, tuple[str, str, Any]] = {
     "ua": ("UA", "unlearning accuracy: error on the forgotten rows, in percent", _number(1)),

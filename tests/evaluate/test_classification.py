@@ -82,8 +82,12 @@ def test_the_worst_class_has_the_interval_of_its_own_rows() -> None:
     assert (figure.value, figure.low, figure.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
 
 
-def test_size_counts_four_bytes_for_each_value() -> None:
-    assert size_bytes(tables.told(GOOD).double()) == 44
+def test_size_counts_each_value_in_its_own_type() -> None:
+    net = tables.told(GOOD)
+    assert size_bytes(net) == 44
+    assert size_bytes(net.double()) == 88
+    net.register_buffer("flags", torch.zeros(3, dtype=torch.int8))
+    assert size_bytes(net) == 91
 
 
 def test_missing_models_roles_labels_and_misfits_are_refused(data: Dataset, tmp_path: Path) -> None:
