@@ -21,7 +21,7 @@ from tasks.core.errors import UserError
 from tasks.core.settings import shared_data
 
 DIGITS = 6  # of what is published
-TIMED = ("cost", "seconds")  # last words of metrics on which no two runs agree
+TIMED = {"cost", "seconds", "ms"}  # words of metrics on which no two runs agree
 LIBRARIES = ("torch", "numpy", "scikit-learn", "diffusers", "peft", "transformers")
 Told = Callable[[str], None]
 
@@ -175,7 +175,7 @@ def kept(name: str, *, told: Told = lambda _: None) -> dict[str, Any] | None:
 
 
 def _of_first(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    values = {metric: arms for metric, arms in found["values"].items() if metric.split()[-1] not in TIMED}
+    values = {metric: arms for metric, arms in found["values"].items() if TIMED.isdisjoint(metric.split())}
     return {metric: {arm: column[0] for arm, column in arms.items()} for metric, arms in values.items()}
 
 
