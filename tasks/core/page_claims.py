@@ -43,6 +43,7 @@ def effect_text(found: Record, condition: Record | None = None) -> str:
         return f"{number(mean, signed=True)}{unit} [{number(low)}, {number(high)}]"
     # two digits of what is uncertain: more would be noise
     digits = min(max(1 - math.floor(math.log10((high - low) / 2)), 0), 4) if high > low else 3
+    digits = max(min(digits, 4 - math.floor(math.log10(max(abs(low), abs(high), 1)))), 0)  # and of a large effect five in all
     shown_as = f"{mean:+.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
     return shown_as.replace("-", "\u2212")
 

@@ -26,6 +26,7 @@ def condition(**changes: Any) -> dict[str, Any]:
         ({"relative": True}, "+5.0% [3.0, 7.0]"),
         ({"effect": -12.34, "ci_low": -40.1, "ci_high": 15.4}, "\u221212 [\u221240, 15]"),
         ({"ci_low": 0.05, "ci_high": 0.05}, "+0.050 [0.050, 0.050]"),
+        ({"effect": 999.98647, "ci_low": 999.982, "ci_high": 999.991}, "+999.99 [999.98, 999.99]"),
         ({"ci_low": None, "ci_high": None}, "+0.05 [no interval]"),
         ({"effect": None}, "\u2013"),
     ],
