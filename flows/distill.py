@@ -15,7 +15,7 @@ from prefect import flow
 from flows import _students
 from flows._registry import find_model, model_name, register, run_of
 from flows._runs import TRAINED, alone, emit, one_at_a_time, shown
-from flows._session import call, session, step
+from flows._session import NeedsRun, call, session, step
 from flows._students import Candidate, Figures
 from flows._types import Budget, Folder, Model, Teachers
 from flows.promote import promote
@@ -47,7 +47,9 @@ def distill(teachers: Teachers = (), data: Folder = "data/filtered", start: Mode
         inputs = _inputs(teachers, data, start)
         done = _swept(students, inputs, sweep.early, limits, budget or sweep.budget) if len(students) > 1 else _made(students[0], inputs)
         version = register(name, done)
-        if limits and not here.planning:
+        if limits and _students.budget_of(here.store.version(name, version).tags) != limits:
+            if here.planning:
+                raise NeedsRun(name)
             here.store.tag(name, version, _students.BUDGET, json.dumps(limits))
         words = ", ".join([f"version {version}", f"{done.figures['parameters']:,.0f} parameters", *_told(done)])
         here.record("distill", done.method, done.cached, done.seconds, words, run_of(done))

@@ -174,6 +174,15 @@ def test_a_second_sweep_has_nothing_to_do_and_the_report_shows_the_front(swept: 
     assert any("Which student is worth its cost" in page and "widths 4-4 hidden 300 lr 1e-06" in page for page in pages)
 
 
+def test_another_budget_is_kept_though_the_student_is_the_same(swept: tuple[Path, str]) -> None:
+    folder, _ = swept
+    ran = retort(folder, "distill", "--teacher", "digits-teacher/1", "--budget", "latency_ms <= 900")
+    assert ran.status == 0, ran.out + ran.err
+    with sqlite3.connect(folder / ".retort" / "mlflow.db") as database:
+        kept = [json.loads(row[0]) for row in database.execute("SELECT value FROM model_version_tags WHERE key = 'retort.budget'")]
+    assert {LATENCY: {"max": 900.0}} in kept
+
+
 def test_where_no_student_keeps_to_the_budget_nothing_is_registered(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     ran = retort(folder, "distill", "--teacher", "digits-teacher/1", "--budget", "size_bytes < 10")
