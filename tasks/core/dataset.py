@@ -55,6 +55,8 @@ QUARANTINE = pa.schema(
 )
 SPLITS = ("train", "reference", "validation", "test")
 ROWS_PER_SHARD = 4096
+READERS = "most of filter, train.bert and distill.pretrained_distillation"
+LONGEST_TEXT = 2048  # bytes of a text that networks are given; what stands behind is not read
 CACHE_FROM_ROWS = 10_000  # fewer decode in well under a second
 
 
@@ -229,6 +231,20 @@ class Dataset:
         lengths = pa.compute.list_value_length(self.column("parents")).fill_null(0)
         return lengths.to_numpy() > 0  # type: ignore[no-any-return]
 
+    @property
+    def reads(self) -> bool:
+        """Whether the rows are texts alone."""
+        return self.info.schema == "text"
+
+    @property
+    def holds(self) -> str:
+        """What the rows hold, in words: texts, or images and their shape."""
+        return "texts" if self.reads else f"images {tuple(self.info.shape)}"
+
+    def inputs(self) -> npt.NDArray[np.uint8]:
+        """What networks take: decoded images (N, C, H, W), or of texts their UTF-8 bytes (N, L), filled up with zeros."""
+        return text_bytes(self.captions()) if self.reads else self.images()
+
     def images(self) -> npt.NDArray[np.uint8]:
         """Decoded images (N, C, H, W), uint8. For many rows the whole folder is decoded once into a memory-mapped file, and mapped."""
         self._check(["image"])
@@ -279,8 +295,8 @@ class Dataset:
     def _check(self, columns: list[str]) -> None:
         schema = SCHEMAS[self.info.schema]
         unknown = [name for name in columns if name not in schema.names]
-        if unknown == ["image"] and self.info.schema == "text":
-            raise UserError("these rows are texts without images, which methods of family filter alone can read: 'retort curate filter'")
+        if unknown == ["image"] and self.reads:
+            raise UserError(f"these rows are texts, and this method takes images; texts are taken by {READERS}")
         if unknown:
             raise UserError(f"a dataset of schema {self.info.schema!r} has no column {unknown[0]!r}; it has {', '.join(schema.names)}")
 
@@ -371,6 +387,13 @@ def encode(images: Array) -> list[bytes]:
         Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)).save(buffer, format="PNG")
         blobs.append(buffer.getvalue())
     return blobs
+
+
+def text_bytes(texts: list[str]) -> npt.NDArray[np.uint8]:
+    """UTF-8 bytes (N, L) of texts, filled up with zeros; at most `LONGEST_TEXT` of each."""
+    blobs = [text.encode("utf-8", "replace")[:LONGEST_TEXT] for text in texts]
+    width = max(map(len, blobs), default=0) or 1
+    return np.array(blobs, dtype=f"S{width}").view(np.uint8).reshape(len(blobs), width)
 
 
 def image_column(blobs: list[bytes]) -> pa.Array:

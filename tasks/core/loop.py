@@ -51,9 +51,10 @@ def seeded(seed: int) -> Iterator[torch.Generator]:
             np.random.set_state(numpy_state)
 
 
-def to_float(images: npt.NDArray[np.uint8], device: str = "cpu") -> Tensor:
-    """uint8 images (N, C, H, W) as float32 in [0, 1]."""
-    return torch.from_numpy(np.array(images, order="C")).to(device).float().div_(255)
+def to_float(inputs: npt.NDArray[np.uint8], device: str = "cpu") -> Tensor:
+    """uint8 images (N, C, H, W) as float32 in [0, 1]; texts, bytes (N, L), stay what they are."""
+    values = torch.from_numpy(np.array(inputs, order="C")).to(device)
+    return values if values.ndim == 2 else values.float().div_(255)
 
 
 def index_batches(n: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """Networks that can be rebuilt from a small dictionary. Self-contained: a copy of this file travels with every registered model.
 
-A network takes images (N, C, H, W) as float32 in [0, 1], standardises them itself and gives logits (N, classes). Its `arch` is all that
-is needed, besides the weights, to build it again.
+A network takes images (N, C, H, W) as float32 in [0, 1], standardises them itself and gives logits (N, classes); one that reads takes the
+bytes of texts (N, L) in their place. Its `arch` is all that is needed, besides the weights, to build it again.
 """
 
 from __future__ import annotations
@@ -164,12 +164,24 @@ KINDS: dict[str, type[Net]] = {"convnet": ConvNet, "simplex": Simplex, "stitched
 DRAWING = {"denoiser": ("tasks.core.denoiser", "ClassDenoiser"), "text_denoiser": ("tasks.core.text_to_image", "TextDenoiser")}
 PLAIN = {"fcn": ("tasks.core.plain", "FCN"), "plain_conv": ("tasks.core.plain", "PlainConv")}
 STREAMS = {"continual": ("tasks.core.continual", "Continual")}
-ELSEWHERE = {**DRAWING, **PLAIN, **STREAMS, "clip": ("tasks.core.clip", "ClipClassifier"), "compact": ("tasks.core.compact", "Compact")}
+READING = {"text": ("tasks.core.encoder", "TextClassifier")}
+CHANGED = {"clip": ("tasks.core.clip", "ClipClassifier"), "compact": ("tasks.core.compact", "Compact")}
+ELSEWHERE = {**DRAWING, **PLAIN, **STREAMS, **READING, **CHANGED}
 
 
 def draws(arch: dict[str, Any]) -> bool:
     """Whether a network of this description draws images, and tells none apart."""
     return arch["kind"] in DRAWING
+
+
+def reads(arch: dict[str, Any]) -> bool:
+    """Whether a network of this description takes texts, and no images."""
+    return arch["kind"] in READING
+
+
+def takes(arch: dict[str, Any]) -> str:
+    """What a network of this description is given, in words: texts, or images and their shape."""
+    return "texts" if reads(arch) else f"images {tuple(arch['shape'])}"
 
 
 def build(arch: dict[str, Any]) -> Net:
