@@ -35,6 +35,10 @@ BEWARE = (
     "It always answers with one of its classes, also for images that show none of them.",
     "Figures are of the test rows named here; on images from elsewhere nothing is known unless a shift is listed.",
 )
+BEWARE_READING = (
+    "It always answers with one of its classes, also for texts that belong to none of them.",
+    "Figures are of the test rows named here; on texts from elsewhere nothing is known.",
+)
 BEWARE_DRAWING = (
     "What it draws may come near to rows that it was trained on.",
     "Figures are what a classifier says of its images, and their distance to the test rows named here.",
@@ -75,6 +79,7 @@ class Card:
     sources: tuple[Source, ...]
     parents: tuple[str, ...]
     draws: bool = False  # it draws images, and tells none apart
+    reads: bool = False  # it tells texts apart
     request: str = ""
     flow_run: str = ""
     figures: Mapping[str, Figure] = field(default_factory=dict)
@@ -87,6 +92,8 @@ class Card:
         some = ", ".join(self.classes[:12]) + (f" and {len(self.classes) - 12} more" if len(self.classes) > 12 else "")
         size = "x".join(map(str, self.shape[1:]))
         kind = "grey" if self.shape[0] == 1 else "colour"
+        if self.reads:
+            return f"Tells {len(self.classes)} classes of texts apart: {some}."
         if self.draws:
             return f"Draws {kind} images of {size} pixels, of {len(self.classes)} classes: {some}."
         return f"Tells {len(self.classes)} classes of {kind} images of {size} pixels apart: {some}."
@@ -94,7 +101,7 @@ class Card:
     @property
     def beware(self) -> tuple[str, ...]:
         """What whoever uses it should know."""
-        return BEWARE_DRAWING if self.draws else BEWARE
+        return BEWARE_DRAWING if self.draws else BEWARE_READING if self.reads else BEWARE
 
     @property
     def licence(self) -> str:
@@ -109,6 +116,11 @@ class Card:
             return (
                 f'model = mlflow.pyfunc.load_model("models:/{self.name}/{self.version}")\n'
                 f"model.predict(labels, params={{'seed': 0}})   # int64 (N,) in, uint8 (N, {shape}) out"
+            )
+        if self.reads:
+            return (
+                f'model = mlflow.pyfunc.load_model("models:/{self.name}/{self.version}")\n'
+                f'model.predict(pandas.DataFrame({{"text": texts}}))   # class probabilities (N, {len(self.classes)}) out'
             )
         return (
             f'model = mlflow.pyfunc.load_model("models:/{self.name}/{self.version}")\n'
@@ -152,6 +164,7 @@ def gather(settings: Settings, store: Store, name: str, version: int) -> Card:
         sources=sources,
         parents=tuple(_parents(store, inputs)),
         draws=networks.draws(arch),
+        reads=networks.reads(arch),
         request=tags.get("retort.request", ""),
         flow_run=tags.get("retort.flow_run", ""),
         figures=evidence.figures[where] if evidence else {},

@@ -58,7 +58,10 @@ class TextClassifier(Net):
 
     def tokens(self, inputs: npt.NDArray[np.uint8]) -> Tokens:
         """Tokens (N, T), filled up with the padding's, of texts as bytes (N, L)."""
-        rows = self.cut([bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in inputs])
+        return self.fill(self.cut([bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in inputs]))
+
+    def fill(self, rows: list[list[int]]) -> Tokens:
+        """Tokens (N, T) of rows of tokens, each filled up to the longest."""
         found = np.full((len(rows), max(map(len, rows), default=1) or 1), self.pad, np.int64)
         for at, row in enumerate(rows):
             found[at, : len(row)] = row

@@ -71,10 +71,10 @@ def shadows(like: Net, pool: Rows, *, count: int, steps: int, seed: int, device:
         recipe = loop.Recipe(steps=steps).model_dump()
         for at in track(range(count), "shadows"):
             half = pool.where(members[at])
-            mean, std = loop.pixel_stats(half.images)
+            mean, std = loop.pixel_stats(half.inputs)
             with loop.seeded(seed + at) as generator:
                 net = networks.build({**like.arch, "mean": round(mean, 6), "std": round(std, 6)})
-                fit = loop.fit_supervised(net, half.images, half.labels, half.synthetic, generator=generator, device=device, **recipe)
+                fit = loop.fit_supervised(net, half.inputs, half.labels, half.synthetic, generator=generator, device=device, **recipe)
             nets.append(fit)
         while len(_MADE) >= KEEP:
             del _MADE[next(iter(_MADE))]
@@ -102,7 +102,7 @@ def confidence(net: Net, rows: Rows, device: str = "cpu") -> Floats:
 
     LiRA, section IV-C: over networks this is nearly normal, which p and its logarithm are not.
     """
-    logits = loop.predict(net, rows.images, device=device).double()
+    logits = loop.predict(net, rows.inputs, device=device).double()
     at = torch.from_numpy(np.array(rows.labels))[:, None]
     others = logits.scatter(1, at, -torch.inf).logsumexp(1)
     found: Floats = torch.nan_to_num(logits.gather(1, at)[:, 0] - others, nan=0.0, posinf=0.0, neginf=0.0).numpy()
@@ -136,7 +136,7 @@ def joined(one: Rows, other: Rows) -> tuple[Rows, npt.NDArray[np.int64]]:
     of the other one stand in it."""
     ids = one.ids + other.ids
     order = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
-    images, labels = np.concatenate([one.images, other.images]), np.concatenate([one.labels, other.labels])
+    images, labels = np.concatenate([one.inputs, other.inputs]), np.concatenate([one.labels, other.labels])
     synthetic = np.concatenate([one.synthetic, other.synthetic])
     places = np.argsort(order)
     return Rows([ids[at] for at in order], images[order], labels[order], synthetic[order]), places[len(one) :]
@@ -144,6 +144,6 @@ def joined(one: Rows, other: Rows) -> tuple[Rows, npt.NDArray[np.int64]]:
 
 def _digest(words: str, pool: Rows) -> str:
     total = hashlib.sha256(words.encode())
-    for values in (pool.images, pool.labels, pool.synthetic):
+    for values in (pool.inputs, pool.labels, pool.synthetic):
         total.update(np.ascontiguousarray(values).tobytes())
     return total.hexdigest()

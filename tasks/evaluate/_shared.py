@@ -10,15 +10,18 @@ import numpy.typing as npt
 
 from tasks.core.dataset import Dataset
 from tasks.core.errors import UserError
-from tasks.core.networks import Net
+from tasks.core.networks import Net, takes
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The labelled rows of one role: ids (N,), images (N, C, H, W) uint8, labels (N,), which are synthetic (N,)."""
+    """The labelled rows of one role: ids (N,), inputs uint8, labels (N,), which are synthetic (N,).
+
+    Inputs are images (N, C, H, W), or the bytes of texts (N, L).
+    """
 
     ids: list[str]
-    images: npt.NDArray[np.uint8]
+    inputs: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
     synthetic: npt.NDArray[np.bool_]
 
@@ -28,7 +31,7 @@ class Rows:
     def where(self, mask: npt.NDArray[np.bool_]) -> Rows:
         """The rows at which the mask (N,) is true."""
         ids = [name for name, chosen in zip(self.ids, mask, strict=True) if chosen]
-        return Rows(ids, self.images[mask], self.labels[mask], self.synthetic[mask])
+        return Rows(ids, self.inputs[mask], self.labels[mask], self.synthetic[mask])
 
 
 def labelled(models: Mapping[str, Net], data: Mapping[str, Dataset], *roles: str) -> list[Rows]:
@@ -47,8 +50,8 @@ def labelled(models: Mapping[str, Net], data: Mapping[str, Dataset], *roles: str
         for name, net in models.items():
             if tuple(net.arch["shape"]) != shape or net.arch["classes"] < classes:
                 raise UserError(
-                    f"model {name!r} takes images {tuple(net.arch['shape'])} of {net.arch['classes']} classes; "
-                    f"role {role!r} has images {shape} and labels below {classes}"
+                    f"model {name!r} takes {takes(net.arch)} of {net.arch['classes']} classes; "
+                    f"role {role!r} has {data[role].holds} and labels below {classes}"
                 )
-        found.append(Rows(rows.ids(), rows.images(), rows.labels(), rows.synthetic()))
+        found.append(Rows(rows.ids(), rows.inputs(), rows.labels(), rows.synthetic()))
     return found

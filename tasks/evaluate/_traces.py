@@ -33,7 +33,7 @@ def recovery(
     margin, as a share of it. With the curves behind it."""
     part, known = spread(forget, rows), 1.0
     if "original" in models:
-        known = float(np.mean(loop.predict(models["original"], part.images, device=device).argmax(1).numpy() == part.labels))
+        known = float(np.mean(loop.predict(models["original"], part.inputs, device=device).argmax(1).numpy() == part.labels))
     target = (1 - margin) * known
     found = {name: relearn(models[name], part, target=target, steps=steps, lr=lr, device=device) for name in track(list(models), "relearn")}
     curves = {name: [round(right, 6) for right in one.curve] for name, one in found.items()}
@@ -79,7 +79,7 @@ def relearn(net: Net, rows: Rows, *, target: float, steps: int, lr: float, devic
     as it would be used. Protocol: "relearn time".
     """
     copy = restored(net, device)
-    images, labels = loop.to_float(rows.images, device), torch.from_numpy(np.array(rows.labels)).to(device)
+    images, labels = loop.to_float(rows.inputs, device), torch.from_numpy(np.array(rows.labels)).to(device)
     optimiser = torch.optim.SGD([weights for weights in copy.parameters() if weights.requires_grad], lr=lr)
     curve: list[float] = []
     for step in range(steps + 1):
@@ -141,12 +141,12 @@ def probe(net: Net, retain: Rows, forget: Rows, held: Rows, *, ridge: float = 1e
     Its targets are one-hot labels, its inputs the features at mean 0 and deviation 1. A forgotten row is asked of the head fitted without
     it: what is left to tell is whether the features were trained on the row, and not whether the new head was.
     """
-    known, gone = features(net, retain.images, device), features(net, forget.images, device)
+    known, gone = features(net, retain.inputs, device), features(net, forget.inputs, device)
     both = torch.cat([known, gone])
     mean, sd = both.mean(0), both.std(0, correction=0)
     sd[sd < 1e-9] = 1
     labels = torch.from_numpy(np.concatenate([retain.labels, forget.labels]))
     hot = F.one_hot(labels, net.arch["classes"]).double()
     weights, offset, without = fit_head((both - mean) / sd, hot, len(forget), ridge)
-    asked = (features(net, held.images, device) - mean) / sd if len(held) else both[:0]
+    asked = (features(net, held.inputs, device) - mean) / sd if len(held) else both[:0]
     return Probed(without.argmax(1).numpy() == forget.labels, (asked @ weights + offset).argmax(1).numpy() == held.labels)

@@ -68,7 +68,7 @@ def classification(
     details: dict[str, Any] = {"classes": list(names), "rows": len(rows), "per_class": {}, "confusion": {}, "reliability": {}}
     tables = []
     for model, net in zip(models, track(list(models.values()), "evaluate"), strict=True):
-        logits = loop.predict(net, rows.images, device=device)
+        logits = loop.predict(net, rows.inputs, device=device)
         predicted, confidence, losses = answers(logits, rows.labels)
         hits, classes = predicted == rows.labels, net.arch["classes"]
         figures[model] = {
@@ -76,8 +76,8 @@ def classification(
             "worst_class_accuracy": worst_class(rows.labels, predicted),
             "ece": metrics.calibration_error(confidence, hits, cfg.bins, seed=seed, draws=cfg.draws),
             "nll": metrics.mean(losses, seed=seed, draws=cfg.draws),
-            "latency_ms_b1": latency(net, rows.images, 1, cfg.repeats, device),
-            "latency_ms_b64": latency(net, rows.images, 64, cfg.repeats, device),
+            "latency_ms_b1": latency(net, rows.inputs, 1, cfg.repeats, device),
+            "latency_ms_b64": latency(net, rows.inputs, 64, cfg.repeats, device),
             "parameters": Figure.exact(networks.parameters(net)),
             "size_bytes": Figure.exact(size_bytes(net)),
         }

@@ -29,7 +29,7 @@ from tasks.core.errors import UserError
 from tasks.core.evidence import Evidence
 from tasks.core.method import MethodConfig, method
 from tasks.core.metrics import Figure
-from tasks.core.networks import Net
+from tasks.core.networks import Net, takes
 from tasks.core.progress import track
 
 CHAMPION = "champion"
@@ -70,7 +70,7 @@ def compatibility(
     if shared:
         raise UserError(f"{len(shared)} rows are both in 'test' and in 'gallery', and would find themselves: take them out of one")
     labels, known = queries.labels(), gallery.labels()
-    pixels = {"test": queries.images(), "gallery": gallery.images()}
+    pixels = {"test": queries.inputs(), "gallery": gallery.inputs()}
     embedded = {
         name: {role: directions(net, pixels[role], device) for role in pixels}
         for name, net in zip(models, track(list(models.values()), "compatibility"), strict=True)
@@ -113,7 +113,7 @@ def labelled(models: Mapping[str, Net], data: Mapping[str, Dataset], role: str) 
         raise UserError(f"no row in the role {role!r} has a label: nothing can be measured on it")
     for name, net in models.items():
         if tuple(net.arch["shape"]) != tuple(rows.info.shape):
-            raise UserError(f"model {name!r} takes images {tuple(net.arch['shape'])}; role {role!r} has images {tuple(rows.info.shape)}")
+            raise UserError(f"model {name!r} takes {takes(net.arch)}; role {role!r} has {rows.holds}")
     return rows
 
 

@@ -173,7 +173,7 @@ def without_classes(forget: Rows, retain: Rows, test: Rows) -> tuple[Rows, Rows]
 
 def probabilities(net: Net, rows: Rows, device: str = "cpu") -> Tensor:
     """Class probabilities (N, K), float64. Those of a network that diverged count as 0: it knows nothing, and the attack can be fitted."""
-    return torch.nan_to_num(F.softmax(loop.predict(net, rows.images, device=device).double(), 1), nan=0.0)
+    return torch.nan_to_num(F.softmax(loop.predict(net, rows.inputs, device=device).double(), 1), nan=0.0)
 
 
 def true_label(probabilities: Tensor, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -68,7 +68,7 @@ def generation(
     if len(stay) == 0:
         raise UserError("the test rows have no class that is not forgotten: there is nothing to hold the drawn images against")
     real = test.where(np.isin(test.labels, stay))
-    figures: dict[str, dict[str, Figure]] = {JUDGE: {"accuracy": metrics.share(judged(judge, test.images, device) == test.labels)}}
+    figures: dict[str, dict[str, Figure]] = {JUDGE: {"accuracy": metrics.share(judged(judge, test.inputs, device) == test.labels)}}
     details: dict[str, Any] = {"classes": list(data["test"].info.classes), "judged": {}}
     for name, net in zip(drawing, track(list(drawing.values()), "draw"), strict=True):
         if tuple(net.arch["shape"]) != tuple(judge.arch["shape"]) or net.arch["classes"] != judge.arch["classes"]:
@@ -83,7 +83,7 @@ def generation(
         figures[name] = {
             "class_accuracy": metrics.share(said[kept] == asked[kept]),
             "worst_class_accuracy": min(shares, key=lambda figure: figure.value),
-            "frechet": Figure.exact(pixel_frechet(images[kept], real.images)),
+            "frechet": Figure.exact(pixel_frechet(images[kept], real.inputs)),
             "calls": Figure.exact(calls(net)),
         }
         if len(gone):

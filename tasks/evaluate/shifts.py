@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from tasks.core import loop, metrics
 from tasks.core.dataset import Dataset
+from tasks.core.errors import UserError
 from tasks.core.evidence import Evidence
 from tasks.core.method import MethodConfig, method
 from tasks.core.metrics import Figure
@@ -64,16 +65,18 @@ def shifts(
 
     Raises UserError where there is no model, no labelled row in a role, or a model does not fit the data.
     """
+    if "test" in data and data["test"].reads:
+        raise UserError("the shifts are those of images, and these rows are texts: take the rules on shifts out of registry.rules")
     others = sorted(role for role in data if role.startswith(OTHER))
     rows, *elsewhere = labelled(models, data, "test", *others)
     figures: dict[str, dict[str, Figure]] = {}
     tables = []
-    spoiled = {name: spoil(rows.images, name, cfg.severity, seed) for name in SHIFTS}
+    spoiled = {name: spoil(rows.inputs, name, cfg.severity, seed) for name in SHIFTS}
     for model, net in zip(models, track(list(models.values()), "shifts"), strict=True):
         hits = {name: loop.predict(net, images, device=device).argmax(1).numpy() == rows.labels for name, images in spoiled.items()}
         of_row = np.mean(list(hits.values()), axis=0)
         for role, part in zip(others, elsewhere, strict=True):
-            hits[role.removeprefix(OTHER)] = loop.predict(net, part.images, device=device).argmax(1).numpy() == part.labels
+            hits[role.removeprefix(OTHER)] = loop.predict(net, part.inputs, device=device).argmax(1).numpy() == part.labels
         by = {f"accuracy_{name}": metrics.share(found) for name, found in hits.items()}
         worst = min(by.values(), key=lambda figure: figure.value)
         figures[model] = {"shifted_accuracy": metrics.mean(of_row, seed=seed), "worst_shift_accuracy": worst, **by}

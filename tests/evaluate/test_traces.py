@@ -126,7 +126,7 @@ def test_a_new_head_finds_what_an_edit_of_the_last_layer_left() -> None:
         net.head.weight[0], net.head.bias[0] = 0, -9
     is_first = np.array(labels) == 0
     known, gone = rows(images[~is_first], [x for x in labels if x]), rows(images[is_first], [0] * 10)
-    assert (loop.predict(net, gone.images).argmax(1) != 0).all()
+    assert (loop.predict(net, gone.inputs).argmax(1) != 0).all()
     found = traces.new_heads({"edited": net}, known, gone, gone.where(np.zeros(10, bool)), rows=30)["edited"]
     assert (found["head"].value, set(found)) == (100, {"head"})
     assert traces.new_heads({"edited": net}, known, gone, gone, rows=30)["edited"]["head_test"].value == 100
