@@ -21,6 +21,7 @@ from tasks.core.stage import section
 
 GOOD_LOCK = "dvc.lock.good"
 STAGES = ("pool", "filter", "condense", "generate")
+OF_TEXTS = ("pool", "filter")  # the rest makes images
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,19 @@ def environment(settings: Settings) -> dict[str, str]:
     return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(settings.root / ".dvc" / "site")}
 
 
+def reads(settings: Settings) -> bool:
+    """Whether the project's source is one of texts alone."""
+    return str(section(settings, "pool")[0].get("source", "")).startswith("texts:")
+
+
+def stages(settings: Settings) -> tuple[str, ...]:
+    """The stages that the project's source can go through."""
+    return OF_TEXTS if reads(settings) else STAGES
+
+
 def clean(settings: Settings, targets: Sequence[str] = ()) -> bool:
     """Whether the stages, or those that the targets need, are up to date."""
+    targets = targets or (OF_TEXTS if reads(settings) else ())
     os.environ["DVC_SITE_CACHE_DIR"] = str(settings.root / ".dvc" / "site")
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -90,6 +102,7 @@ def mend(settings: Settings) -> None:
 def repro(settings: Settings, targets: Sequence[str] = (), *, log: Path, channel: Path) -> list[StageRun]:
     """Run `dvc repro`. Raises UserError with the sentence of the stage that failed."""
     before = channel.stat().st_size if channel.exists() else 0
+    targets = targets or (OF_TEXTS if reads(settings) else ())
     status = 0
     if source_changed(settings):
         status = _dvc(settings, ["repro", "--force", "--single-item", "pool"], log, channel)

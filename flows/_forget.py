@@ -50,7 +50,7 @@ def targets(here: Session, models: Sequence[Mapping[str, Any]], policy: str, sce
     """What is to be done about each registered version among the carriers, teachers before their students.
 
     Of each name the champion is replaced, or where there is none the newest version; the others are revoked. A generator can unlearn a
-    class, where params.yaml names how; for anything less it is trained again.
+    class, where params.yaml names how; for anything less it is trained again, and so is a model of texts.
     """
     store, found = here.store, []
     for model in models:
@@ -69,6 +69,8 @@ def targets(here: Session, models: Sequence[Mapping[str, Any]], policy: str, sce
                 # one that draws in one step has forgotten before, and has no noise levels left to unlearn at
                 whole = scenario == "class" and store.arch(ref).get("one_step") is None
                 action = "unlearn" if whole and policy != "retrain" and here.generator()[1][0] else "retrain"
+            elif serves and store.reads(ref):
+                action = "retrain"
             elif serves and family in ("train", "unlearn"):
                 action = "retrain" if policy == "retrain" else "unlearn"
             cost = seconds_of(store, ref)
@@ -111,7 +113,8 @@ def replace(
     inputs: Inputs = {"model": target.ref, "forget": forget, "retain": retain}
     about = {"retort.request": request}
     generator = here.store.role(target.ref) == GENERATOR
-    if len(labels) == 0:  # the rows themselves are gone: nothing can be unlearned
+    # the rows themselves are gone, or the model reads: nothing can be unlearned
+    if len(labels) == 0 or here.store.reads(target.ref):
         made = trained(GENERATOR if generator else "teacher", {"data": retain}, about)
         return done | {"action": "retrained", "method": made.method} | _offered(here, target, made)
     if generator:

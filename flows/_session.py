@@ -114,6 +114,11 @@ class Session:
             self._store = self.opening.result() if self.opening else Store(self.settings)
         return self._store
 
+    @property
+    def reads(self) -> bool:
+        """Whether the project's rows are texts alone, which can be neither condensed nor generated."""
+        return _dvc.reads(self.settings)
+
     def params(self, section: str) -> dict[str, Any]:
         """A section of `params.yaml`. Raises UserError where it is missing."""
         found = read_params(self.settings).get(section)

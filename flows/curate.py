@@ -34,12 +34,12 @@ def curate(targets: Stages = ()) -> bool:
     if here.planning and (_dvc.source_changed(here.settings) or not _dvc.clean(here.settings, targets)):
         raise NeedsRun("curate")
     before = versions(here.settings)
-    runs = [_dvc.StageRun(stage, False, 0.0, _dvc.figures(here.settings, stage)) for stage in _dvc.STAGES]
+    runs = [_dvc.StageRun(stage, False, 0.0, _dvc.figures(here.settings, stage)) for stage in _dvc.stages(here.settings)]
     with shown(here, 1):
         if not here.planning:
             runs = repro(targets)
         for run in runs:
-            if targets and not run.ran and run.stage not in targets:
+            if not run.ran and run.stage not in (targets or _dvc.stages(here.settings)):
                 continue  # nobody asked for it
             method = here.params(run.stage).get("method") or here.params(run.stage).get("source", "")
             here.record(run.stage, str(method), not run.ran, run.seconds, headline(run.stage, run.figures))

@@ -38,11 +38,11 @@ OF_CLASS, CLASSES = 5, 20
 
 
 @flow(name="report")
-def report(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) -> str:
+def report(evidence: Done, forgetting: Done | None, decisions: list[dict[str, Any]]) -> str:
     """Draw the page, or give the one that the same evidence, verdicts, data and settings made. Gives its path.
 
     evidence    of `evaluate`, on the models
-    forgetting  of `evaluate_forgetting`
+    forgetting  of `evaluate_forgetting`; none of models of texts
     decisions   of `promote`
     """
     here = session()
@@ -60,11 +60,11 @@ def report(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) ->
     return str(path)
 
 
-def page_key(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) -> str:
+def page_key(evidence: Done, forgetting: Done | None, decisions: list[dict[str, Any]]) -> str:
     """Changes with anything that the page is made from."""
     settings = session().settings
     what = {
-        "evidence": [_run(evidence), _run(forgetting)],
+        "evidence": [_run(done) for done in (evidence, forgetting) if done],
         "decisions": decisions,
         "data": {path: data_ref(settings, path).md5 for path in present()},
         "params": read_params(settings),
@@ -78,12 +78,12 @@ def page_key(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) 
 
 
 @task(name="report page", cache_policy=NO_CACHE, persist_result=False)
-def draw(key: str, path: Path, evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) -> dict[str, Any]:
+def draw(key: str, path: Path, evidence: Done, forgetting: Done | None, decisions: list[dict[str, Any]]) -> dict[str, Any]:
     """Draw the page, write it and store it as an artifact of a run of its own. Gives the stored result."""
     here = session()
     store = here.store
     tags = {"retort.role": "report", "retort.method": "report", "retort.inputs": "{}", "retort.revision": revision(here.settings.root)}
-    params = {"evidence": _run(evidence), "forgetting": _run(forgetting)}
+    params = {name: _run(done) for name, done in (("evidence", evidence), ("forgetting", forgetting)) if done}
     run_id = store.start(key, "report", params=params, tags=tags, inputs=[])
     try:
         began = time.perf_counter()
@@ -99,12 +99,13 @@ def draw(key: str, path: Path, evidence: Done, forgetting: Done, decisions: list
     return result
 
 
-def gather(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) -> Page:
+def gather(evidence: Done, forgetting: Done | None, decisions: list[dict[str, Any]]) -> Page:
     """All that the page shows."""
     here = session()
-    models, tried = models_of(evidence), models_of(forgetting)
+    models, tried = models_of(evidence), models_of(forgetting) if forgetting else {}
     titles, aliases, champions = registered(decisions)
-    found, forgot = (read_evidence(here.store, EvidenceRef(run_id=_run(done))) for done in (evidence, forgetting))
+    found = read_evidence(here.store, EvidenceRef(run_id=_run(evidence)))
+    forgot = read_evidence(here.store, EvidenceRef(run_id=_run(forgetting))) if forgetting else None
     up = {f"{d['name']} {d['version']}" for d in decisions if d["promoted"]}
     runs = {name: here.store.client.get_run(ref.run_id).data.tags for name, ref in {**models, **tried}.items()}
     return Page(
@@ -121,14 +122,14 @@ def gather(evidence: Done, forgetting: Done, decisions: list[dict[str, Any]]) ->
         details=found.details,
         about={name: about(runs[name], titles.get(ref.model_id, "")) for name, ref in models.items()},
         promoted=[name for name, ref in models.items() if titles.get(ref.model_id) in up],
-        forgetting=forgot.figures,
-        forgetting_details=forgot.details,
+        forgetting=forgot.figures if forgot else {},
+        forgetting_details=forgot.details if forgot else {},
         seconds={name: float(json.loads(runs[name].get("retort.result", "{}")).get("seconds", "nan")) for name in tried},
         request=next((runs[name]["retort.request"] for name in tried if "retort.request" in runs[name]), ""),
         data=data(),
         evidence={
             "evidence": _run(evidence),
-            "forgetting": _run(forgetting),
+            **({"forgetting": _run(forgetting)} if forgetting else {}),
             **{name: ref.model_id for name, ref in {**models, **tried}.items()},
         },
         settings=here.settings.params.read_text(encoding="utf-8"),

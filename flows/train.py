@@ -37,7 +37,7 @@ def train(data: Folders = (), start: Model = "", generator: Generator = False) -
     here = session()
     role = GENERATOR if generator else "teacher"
     name = model_name(role)
-    data = data or (REAL if generator else DATA)
+    data = data or (REAL if generator or here.reads else DATA)
     with one_at_a_time(here, name), shown(here, 1):
         inputs: Inputs = {"data": tuple(data_ref(here.settings, spec) for spec in data)}
         done = trained(role, {**inputs, "start": find_model(start)} if start else inputs)

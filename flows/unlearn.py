@@ -48,6 +48,8 @@ def unlearn(request: Request = DEMONSTRATION, model: Model = "", data: Folders =
     here = session()
     original = find_model(model) if model else newest_trained()
     generator = here.store.role(original) == GENERATOR
+    if here.store.reads(original):
+        raise UserError("models of texts are not unlearned, but trained again without the rows: 'retort forget' does it")
     name = model_name(GENERATOR if generator else "teacher")
     method, settings = here.generator()[1] if generator else here.method("unlearn")
     if not method:

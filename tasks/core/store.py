@@ -190,6 +190,15 @@ class Store:
         found: dict[str, Any] = json.loads((self._files(ref) / "arch.json").read_text(encoding="utf-8"))
         return found
 
+    def reads(self, ref: ModelRef) -> bool:
+        """Whether a model takes texts; no, where its files are gone."""
+        from tasks.core.networks import reads
+
+        try:
+            return reads(self.arch(ref))
+        except UserError:
+            return False
+
     def _files(self, ref: ModelRef) -> Path:
         import mlflow
 
