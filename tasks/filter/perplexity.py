@@ -40,7 +40,7 @@ from tasks.core.dataset import Dataset, decode
 from tasks.core.errors import UserError
 from tasks.core.method import Made, MethodConfig, method
 from tasks.filter._captioners import Captioner, Loaded, Pixels, Reader, fit
-from tasks.filter._resume import digest, scored
+from tasks.filter._resume import digest, place, scored
 from tasks.filter._shared import Mask, Scores, keep_top, survivors, verdicts, words
 
 NOTHING = (0, 0, 0)  # the shape of the images of a pool of texts
@@ -97,8 +97,11 @@ def read_reference(reference: Dataset, sees: bool, longest: int) -> tuple[Pixels
     return np.concatenate(pieces) if sees else None, captions
 
 
-def score_pool(reader: Reader, pool: Dataset, sees: bool, longest: int, at_once: int, key: str) -> tuple[Scores, npt.NDArray[np.int64]]:
-    """Minus the mean loss of the tokens, and their number, of all rows in order. `key`: what they depend on besides the rows.
+def score_pool(
+    reader: Reader, pool: Dataset, sees: bool, longest: int, at_once: int, key: str, device: str = "cpu"
+) -> tuple[Scores, npt.NDArray[np.int64]]:
+    """Minus the mean loss of the tokens, and their number, of all rows in order. `key`: what they depend on besides the rows;
+    `device`: where the reader's network is.
 
     A row without a caption has the lowest score of all. Raises UserError where there is no other.
     """
@@ -115,7 +118,7 @@ def score_pool(reader: Reader, pool: Dataset, sees: bool, longest: int, at_once:
             made[told] = np.stack([-losses.cpu().numpy(), counts.cpu().numpy()], axis=1)
         return made
 
-    found = scored(pool, ["caption", *(["image"] if sees else [])], prepare, score, key=key, size=at_once)
+    found = scored(pool, ["caption", *(["image"] if sees else [])], prepare, score, key=key, size=at_once, device=device)
     scores, lengths = found[:, 0].copy(), found[:, 1].astype(np.int64)
     silent = np.isnan(scores)
     if silent.all():
@@ -166,7 +169,7 @@ def perplexity(pool: Dataset, reference: Dataset, cfg: Config = Config(), *, see
 
     Raises UserError where images are wanted and missing, where shapes differ, for a model that does not fit, and where no row is left.
     """
-    sees = cfg.condition == "image"
+    sees, device = cfg.condition == "image", place(device)
     count = survivors(len(pool), cfg.keep)
     for name, data in (("pool", pool), ("reference set", reference)):
         if sees and data.info.shape == NOTHING and not (cfg.model and data is reference):
@@ -199,8 +202,8 @@ def perplexity(pool: Dataset, reference: Dataset, cfg: Config = Config(), *, see
                 device=device,
             )
             reader, model = net.read, net
-        key = digest(model, cfg.condition, cfg.prompt, str(cfg.longest))
-        scores, lengths = score_pool(reader, pool, sees, cfg.longest, cfg.at_once, key)
+        key = digest(model, cfg.condition, cfg.prompt, str(cfg.longest), *([device] if device != "cpu" else []))  # other last bits
+        scores, lengths = score_pool(reader, pool, sees, cfg.longest, cfg.at_once, key, device)
     ids = pool.column("sample_id")
     if cfg.threshold is None:
         kept, cut = keep_top(within_lengths(scores, lengths) if cfg.by_length else scores, ids, count)

@@ -42,6 +42,7 @@ from tasks.core.errors import UserError
 from tasks.core.method import Made, MethodConfig, method
 from tasks.core.progress import track
 from tasks.core.text_to_image import quiet
+from tasks.filter._resume import place
 from tasks.filter._shared import Mask, survivors, verdicts
 from tasks.filter._synonyms import Matches, match, most_frequent, names_of, tail
 from tasks.filter.dfn import Towers, bags, fit, read_reference, tokenise, vocabulary
@@ -209,7 +210,7 @@ def real(pool: Dataset, reference: Dataset, cfg: Config = Config(), *, seed: int
     Raises UserError for synonyms of no class, where the reference cannot train or judge, where the network cannot be had, or where no row
     would be left.
     """
-    rows, classes = len(pool), pool.info.classes
+    rows, classes, device = len(pool), pool.info.classes, place(device)
     survivors(rows, 1.0)
     names = names_of(classes, cfg.synonyms)
     matches = match(pool, names)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from tasks.condense import _shared
+from tasks.condense.kmeans import Config as KmeansConfig
+from tasks.condense.kmeans import kmeans
 from tasks.condense.krr_st import SMOKE, Config, Pool, krr_st, outer_gradient
 from tasks.condense.random import Config as RandomConfig
 from tasks.condense.random import random
+from tasks.core import catalog
 from tasks.core.dataset import Dataset, decode
 from tasks.core.errors import UserError
+from tasks.core.method import Made
 
 
 def pool(limit: int, size: int = 3) -> tuple[Pool, torch.Tensor, torch.Tensor]:
@@ -71,20 +78,42 @@ def test_the_outer_gradient_is_that_of_the_krr_loss_and_touches_no_weight() -> N
     assert all(weights.grad is None for weights in net.parameters())
 
 
-def test_without_outer_steps_it_is_the_random_baseline(tiny: Dataset) -> None:
+@pytest.mark.parametrize(("init", "baseline"), [("random", random), ("kmeans", kmeans)])
+def test_without_outer_steps_it_is_the_baseline_whose_rows_it_begins_as(
+    init: Literal["random", "kmeans"], baseline: Callable[..., Made], tiny: Dataset
+) -> None:
     settings = SMOKE.model_dump()
-    ours = krr_st(tiny.split("train"), tiny.split("validation"), 7, Config(**settings | {"outer_steps": 0}), seed=5)
+    data, held_out = tiny.split("train"), tiny.split("validation")
+    ours = krr_st(data, held_out, 7, Config(**settings | {"outer_steps": 0, "init": init}), seed=5)
     shared = {name: settings[name] for name in RandomConfig.model_fields}
-    theirs = random(tiny.split("train"), tiny.split("validation"), 7, RandomConfig(**shared), seed=5)
+    theirs = baseline(data, held_out, 7, {"random": RandomConfig, "kmeans": KmeansConfig}[init](**shared), seed=5)
     for column in ("image", "pixels", "target", "parents"):
         assert ours.rows[column].equals(theirs.rows[column])
-    assert ours.figures["heldout_loss"] == ours.figures["heldout_loss_random"] == theirs.figures["heldout_loss"]
-    assert ours.figures["won_over_random"] == 0
+    assert ours.figures["heldout_loss"] == ours.figures[f"heldout_loss_{init}"] == theirs.figures["heldout_loss"]
+    assert (ours.figures["won_over_random"] == 0) == (init == "random")
+    assert ours.figures["pixels_moved"] == 0
 
 
-def test_the_course_leads_from_real_images_to_what_was_learned(tiny: Dataset) -> None:
+def test_other_first_rows_leave_the_arms_that_it_is_compared_with_as_they_are(tiny: Dataset) -> None:
+    one, other = (
+        krr_st(tiny.split("train"), tiny.split("validation"), 7, SMOKE.model_copy(update={"init": init}), seed=5).figures
+        for init in ("random", "kmeans")
+    )
+    for figure in ("heldout_loss_random", "heldout_loss_kmeans", "encoder_loss"):
+        assert one[figure] == other[figure]
+    assert one["heldout_loss"] != other["heldout_loss"]
+
+
+def test_rows_that_nobody_knows_how_to_begin_as_are_refused() -> None:
+    with pytest.raises(UserError, match=r"condense\.krr_st.*init.*'random' or 'kmeans'"):
+        catalog.configure("condense.krr_st", {"init": "herding"})
+
+
+@pytest.mark.parametrize("init", ["random", "kmeans"])
+def test_the_course_leads_from_real_images_to_what_was_learned(init: str, tiny: Dataset) -> None:
     data = tiny.split("train")
-    made = krr_st(data, tiny.split("validation"), 20, SMOKE.model_copy(update={"outer_steps": 32}), seed=2)
+    cfg = SMOKE.model_copy(update={"outer_steps": 32, "init": init})
+    made = krr_st(data, tiny.split("validation"), 20, cfg, seed=2)
     assert made.course is not None
     steps = made.course["step"].to_numpy().reshape(-1, 12)
     assert steps[:, 0].tolist() == [0, 1, 2, 4, 8, 16, 32]
@@ -95,7 +124,7 @@ def test_the_course_leads_from_real_images_to_what_was_learned(tiny: Dataset) ->
     for at, name in enumerate(made.course["sample_id"].to_pylist()[:12]):
         np.testing.assert_array_equal(images[0, at], real[rows[name]["parents"][0]])
         np.testing.assert_array_equal(images[-1, at], decode([rows[name]["image"]["bytes"]], (1, 8, 8))[0])
-    still = krr_st(data, tiny.split("validation"), 20, SMOKE.model_copy(update={"outer_steps": 0}), seed=2)
+    still = krr_st(data, tiny.split("validation"), 20, cfg.model_copy(update={"outer_steps": 0}), seed=2)
     assert still.course is None
 
 

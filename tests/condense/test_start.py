@@ -90,6 +90,13 @@ def test_it_goes_on_from_the_start_and_descends_from_both(tiny: Dataset, before:
         assert own[0] == name
 
 
+def test_a_start_outranks_the_rows_to_begin_as(tiny: Dataset, before: Dataset) -> None:
+    cfgs = [LEARNED.model_copy(update={"start_steps": 3, "init": init}) for init in ("random", "kmeans")]
+    one, other = (krr_st.krr_st(tiny.take(np.arange(20, 140)), tiny.split("validation"), 10, cfg, start=before, seed=2) for cfg in cfgs)
+    assert one.rows.equals(other.rows)
+    assert one.figures == other.figures
+
+
 def test_without_a_start_the_steps_of_one_are_not_taken(tiny: Dataset) -> None:
     data, held_out = tiny.split("train"), tiny.split("validation")
     plain, set_up = (krr_st.krr_st(data, held_out, 4, krr_st.SMOKE.model_copy(update=more)) for more in ({}, STILL))

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 from transformers.utils import logging
 
-from tasks.core import loop
+from tasks.core import catalog, loop
 from tasks.core.dataset import Dataset, Info, Writer, decode, encode
 from tasks.core.errors import UserError
 from tasks.core.text_to_image import make_tokenizer, quiet
@@ -183,6 +184,42 @@ def test_the_device_is_the_environments(tiny: Dataset, monkeypatch: pytest.Monke
         with pytest.raises(UserError, match=f"RETORT_DEVICE is '{wrong}', but torch has no such device here"):
             dfn(tiny.split("train"), tiny.split("reference"), SMOKE)
     assert place(here=False) == "cuda:99"
+
+
+NETWORKS: dict[str, dict[str, object]] = {
+    "dfn": {},
+    "perplexity": {},
+    "real": {},
+    "combined": {"filters": ({"method": "random", "keep": 0.9}, {"method": "perplexity", "steps": 2, "width": 16, "channels": 4})},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_filter_with_a_network_says_where_there_is_no_such_device(name: str, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = catalog.get(f"filter.{name}")
+    monkeypatch.setenv("RETORT_DEVICE", "gpu")
+    with pytest.raises(UserError, match="RETORT_DEVICE is 'gpu', but torch has no such device here: unset it to score on the CPU"):
+        method.entry(tiny.split("train"), tiny.split("reference"), method.smoke.model_copy(update=NETWORKS[name]))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_network_of_every_filter_is_trained_there(name: str, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, seen = catalog.get(f"filter.{name}"), set()
+    rows, reference, cfg = tiny.split("train"), tiny.split("reference"), method.smoke.model_copy(update=NETWORKS[name])
+    to_float = loop.to_float
+
+    def watched(images: npt.NDArray[np.uint8], device: str = "cpu") -> torch.Tensor:
+        seen.add(device)
+        return to_float(images, device)
+
+    monkeypatch.setattr(loop, "to_float", watched)
+    there = method.entry(rows, reference, cfg, seed=3)
+    assert seen == {"cpu"}
+    monkeypatch.setenv("RETORT_DEVICE", "cpu:0")  # the only other name of a device that is on every machine
+    placed = method.entry(rows, reference, cfg, seed=3)
+    assert "cpu:0" in seen
+    np.testing.assert_allclose(np.asarray(placed.rows["score"]), np.asarray(there.rows["score"]), atol=1e-5)
+    assert placed.rows["kept"].equals(there.rows["kept"])
 
 
 def test_a_digest_is_of_weights_and_words() -> None:
