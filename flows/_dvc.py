@@ -16,7 +16,7 @@ import yaml
 from flows._server import end, spawn
 from tasks.core import files
 from tasks.core.errors import UserError
-from tasks.core.settings import Settings
+from tasks.core.settings import Settings, read_params
 from tasks.core.stage import section
 
 GOOD_LOCK = "dvc.lock.good"
@@ -42,7 +42,7 @@ def environment(settings: Settings) -> dict[str, str]:
 
 def reads(settings: Settings) -> bool:
     """Whether the project's source is one of texts alone."""
-    return str(section(settings, "pool")[0].get("source", "")).startswith("texts:")
+    return str((read_params(settings).get("pool") or {}).get("source", "")).startswith("texts:")
 
 
 def stages(settings: Settings) -> tuple[str, ...]:
