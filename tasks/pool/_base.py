@@ -54,6 +54,7 @@ class Source:
 
     total    rows, good and bad
     batches  streams them, each time from the start
+    classes  class names by label; `gathered` where they are the labels themselves, in the order of the alphabet
     splits   values of its own split column; None where it has none
     has_ids  without ids of its own, a row is named by its content
     columns  what the source calls `image`, `label`, `caption`, `sample_id` and `split`, for the quarantine
@@ -63,6 +64,7 @@ class Source:
     total: int
     batches: Callable[[], Iterator[list[Raw]]]
     classes: tuple[str, ...] | None = None
+    gathered: bool = False
     splits: frozenset[str] | None = None
     has_ids: bool = True
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -71,6 +73,33 @@ class Source:
 
     def column(self, role: str) -> str:
         return self.columns.get(role, role)
+
+
+MAX_NAMES = 1000  # more than so many labels are no names of classes
+
+
+class Labels:
+    """The labels of a source, gathered while it is looked over: where none of them is a number, they are the names of its classes."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] | None = set()
+
+    def add(self, values: Iterable[str | None]) -> None:
+        """More of them."""
+        if self._seen is None:
+            return
+        self._seen.update(value for value in values if value)
+        if len(self._seen) > MAX_NAMES or any(is_number(value) for value in self._seen):
+            self._seen = None
+
+    def names(self) -> tuple[str, ...] | None:
+        """The names, sorted; None where the labels are numbers, there are none, or too many."""
+        return tuple(sorted(self._seen)) if self._seen else None
+
+
+def is_number(label: str) -> bool:
+    """Whether a label as text is a whole number."""
+    return re.fullmatch(r"\s*-?[0-9]{1,18}\s*", label) is not None
 
 
 @dataclass(frozen=True)

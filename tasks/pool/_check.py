@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from tasks.core.erased import Erased, image_digest, text_digest
 from tasks.core.errors import UserError
 from tasks.core.progress import track
 from tasks.pool import _draw, _images
-from tasks.pool._base import BATCH, Flaw, Raw, Source
+from tasks.pool._base import BATCH, Flaw, Raw, Source, is_number
 
 NOTHING_ERASED = Erased(b"", frozenset(), frozenset())
 MAX_CLASSES = 65_536  # where there are no class names to say how many
@@ -150,9 +149,9 @@ def whole(value: Any, classes: Classes) -> int | str:
     """A label as an integer, from an integer, its text or the class name; or the reason why it is none."""
     if isinstance(value, str) and classes and value in classes:
         return classes.index(value)
-    is_text = isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]{1,18}\s*", value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
-    if not is_text and not is_number:
+    told = isinstance(value, str) and is_number(value)
+    counted = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
+    if not told and not counted:
         return "label is not an integer" + (" or a class name" if classes else "")
     label, top = int(value), len(classes) if classes else MAX_CLASSES
     return label if 0 <= label < top else f"label is out of range: 0 to {top - 1}"

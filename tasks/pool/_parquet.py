@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core.errors import UserError, without_secrets
-from tasks.pool._base import BATCH, BATCH_BYTES, Files, Raw, Source, first_line, resolve
+from tasks.pool._base import BATCH, BATCH_BYTES, Files, Labels, Raw, Source, first_line, resolve
 
 
 def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, needs: Collection[str] = ("image", "label")) -> Source:
@@ -26,6 +26,7 @@ def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, n
     found: dict[str, str] = {}
     first, facts, total = "", {"licence": "", "source": ""}, 0
     splits: set[str] = set()
+    labels = Labels()
     for path in files.paths:
         where = (
             f"{without_secrets(files.address)}, file {files.name(path)}"
@@ -49,6 +50,9 @@ def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, n
             if "split" in found:
                 for batch in parquet.iter_batches(65_536, columns=[found["split"]]):
                     splits.update(value for value in set(_texts(batch.column(0))) if value is not None)
+            if not classes and "label" in found and _is_text(schema.field(found["label"]).type):
+                for batch in parquet.iter_batches(65_536, columns=[found["label"]]):
+                    labels.add(set(_texts(batch.column(0))))
 
     def batches() -> Iterator[list[Raw]]:
         for path in files.paths:
@@ -59,7 +63,8 @@ def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, n
         files.title,
         total,
         batches,
-        classes=classes,
+        classes=classes or labels.names(),
+        gathered=not classes,
         splits=frozenset(splits) if "split" in found else None,
         has_ids="sample_id" in found,
         columns=found,

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from tasks.core.errors import UserError, without_secrets
-from tasks.pool._base import FILE_BYTES, Files, Flaw, Raw, Source, first_line, in_batches, resolve, suffix, with_image
+from tasks.pool._base import FILE_BYTES, Files, Flaw, Labels, Raw, Source, first_line, in_batches, resolve, suffix, with_image
 
 SUFFIXES = tuple(kind + packed for kind in ("csv", "tsv", "jsonl", "ndjson") for packed in ("", ".gz"))
 csv.field_size_limit(FILE_BYTES)  # a text may be longer than the 128 KiB that a cell has by default
@@ -30,6 +30,7 @@ def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, t
     found: dict[str, str] = {}
     first, total = "", 0
     splits: set[str] = set()
+    labels = Labels()
     for path in files.paths:
         where = without_secrets(path)
         with _opened(files, path) as text:
@@ -45,6 +46,8 @@ def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, t
                 total += 1
                 if line and "split" in found and line.get(found["split"]):
                     splits.add(str(line[found["split"]]))
+                if line and "label" in found:
+                    labels.add([_value(line.get(found["label"]))])
 
     def rows() -> Iterator[Raw]:
         for path in files.paths:
@@ -69,6 +72,8 @@ def read(files: Files, columns: Mapping[str, str | None], *, prefix_ids: bool, t
         files.title,
         total,
         batches,
+        classes=labels.names(),
+        gathered=True,
         splits=frozenset(splits) if "split" in found else None,
         has_ids="sample_id" in found,
         columns=found,

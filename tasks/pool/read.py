@@ -213,9 +213,13 @@ def shares_to_draw(pool: Source, cfg: Config) -> dict[str, float]:
 
 def common_classes(pool: Source, trusted: Source | None, name: str, other: str) -> Classes:
     """The class names of the pool and of the trusted set. Raises UserError where they differ."""
-    if trusted and trusted.classes and pool.classes and trusted.classes != pool.classes:
+    known = [source for source in (pool, trusted) if source and source.classes]
+    given = {source.classes for source in known if not source.gathered}
+    if len(given) > 1:
         raise UserError(f"reference_source {other} has other class names than {name}; they must be the same, in the same order")
-    return pool.classes or (trusted.classes if trusted else None)
+    if given:
+        return given.pop()
+    return tuple(sorted({label for source in known for label in source.classes or ()})) or None
 
 
 def check_apart(files: Files, out: Path) -> None:

@@ -128,7 +128,7 @@ def test_texts_are_read_from_any_kind_of_file(tmp_path: Path, kind: str) -> None
     assert dict(zip(found.ids(), found.captions(), strict=True)) == {f"t{at}": text for at, text in enumerate(TEXTS)}
     assert figures["rows"] == 3
     assert figures["quarantined"] == 0
-    with pytest.raises(UserError, match="these rows are texts without images"):
+    with pytest.raises(UserError, match="these rows are texts, and this method takes images"):
         found.images()
 
 
@@ -166,3 +166,41 @@ def test_images_and_texts_do_not_mix(table: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match="must both be texts, or both images"):
         read_pool(Config(source=f"paths:{table}", reference_source=f"texts:{tmp_path / 'texts.jsonl'}"), tmp_path / "pool")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_labels_by_name_are_the_classes(tmp_path: Path, kind: str) -> None:
+    given = ["dear", "cheap", "dear", "", "cheap"]
+    path = tmp_path / f"texts.{kind}"
+    if kind == "csv":
+        path.write_text("sample_id,text,label\n" + "".join(f"t{at},text {at},{label}\n" for at, label in enumerate(given)))
+    else:
+        ids, said = [f"t{at}" for at in range(5)], [f"text {at}" for at in range(5)]
+        pq.write_table(pa.table({"sample_id": ids, "text": said, "label": [label or None for label in given]}), path)
+    read_pool(Config(source=f"texts:{path}", **PLAIN), tmp_path / "pool")
+    found = Dataset.open(tmp_path / "pool")
+    assert found.info.classes == ("cheap", "dear")
+    assert dict(zip(found.ids(), found.labels().tolist(), strict=True)) == {"t0": 1, "t1": 0, "t2": 1, "t3": -1, "t4": 0}
+
+
+def test_a_reference_with_fewer_names_shares_the_classes_of_both(tmp_path: Path) -> None:
+    (tmp_path / "all.csv").write_text("text,label\none,dear\ntwo,cheap\nthree,odd\n")
+    (tmp_path / "few.csv").write_text("text,label\nfour,odd\nfive,cheap\n")
+    cfg = Config(source=f"texts:{tmp_path / 'all.csv'}", reference_source=f"texts:{tmp_path / 'few.csv'}", **{**PLAIN, "reference": 0.0})
+    read_pool(cfg, tmp_path / "pool")
+    found = Dataset.open(tmp_path / "pool")
+    assert found.info.classes == ("cheap", "dear", "odd")
+    assert dict(zip(found.captions(), found.labels().tolist(), strict=True)) == {"one": 1, "two": 0, "three": 2, "four": 2, "five": 0}
+
+
+def test_labels_of_both_kinds_are_numbers_with_bad_rows_among_them(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\none,0\ntwo,dear\nthree,1\nfour,0\n")
+    read_pool(Config(source=f"texts:{tmp_path / 'texts.csv'}", max_bad=0.5, **PLAIN), tmp_path / "pool")
+    assert Dataset.open(tmp_path / "pool").captions() == ["one", "three", "four"]
+    assert pq.read_table(tmp_path / "pool" / "quarantine.parquet")["reason"].to_pylist() == ["label is not an integer"]
+
+
+def test_more_names_than_classes_may_have_are_no_names(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\n" + "".join(f"text {at},said {at}\n" for at in range(1001)))
+    with pytest.raises(UserError, match="label is not an integer"):
+        read_pool(Config(source=f"texts:{tmp_path / 'texts.csv'}", **PLAIN), tmp_path / "pool")
