@@ -27,8 +27,8 @@ PERCENT = ("accuracy", "class_accuracy", "worst_class_accuracy", "shifted_accura
 DRAWINGS = "drawings"  # the role of evidence on what models draw
 WORDS = {
     "ece": "calibration error",
-    "latency_ms_b1": "latency of 1 image, ms",
-    "latency_ms_b64": "latency of 64 images, ms",
+    "latency_ms_b1": "latency of 1 row, ms",
+    "latency_ms_b64": "latency of 64 rows, ms",
     "nll": "loss, nats",
 }
 BEWARE = (

@@ -187,10 +187,14 @@ class Dataset:
         absent = dict.fromkeys([*self.info.absent, *(self.info.classes[label] for label in gone if 0 <= label < len(self.info.classes))])
         return replace(self.where(~carries), info=replace(self.info, absent=tuple(absent)))
 
-    def without_images_of(self, other: Dataset) -> Dataset:
-        """The rows whose decoded image is none of the other's."""
-        theirs = {image.tobytes() for image in other.images()}
-        return self.where(np.array([image.tobytes() not in theirs for image in self.images()], dtype=bool))
+    def without_contents_of(self, other: Dataset) -> Dataset:
+        """The rows whose decoded image, or whose text, is none of the other's."""
+
+        def contents(rows: Dataset) -> list[Any]:
+            return rows.captions() if rows.reads else [image.tobytes() for image in rows.images()]
+
+        theirs = set(contents(other))
+        return self.where(np.array([content not in theirs for content in contents(self)], dtype=bool))
 
     def without_labels(self) -> Dataset:
         """The same rows, with every label hidden."""

@@ -166,8 +166,8 @@ MODEL_COLUMNS: dict[str, tuple[str, str, Any]] = {
     "worst_class_accuracy": ("Worst class", "accuracy within the class that fares worst", charts.percent),
     "ece": ("ECE", "expected calibration error: how far confidence is from accuracy, 0 is best", _number(3)),
     "nll": ("NLL", "negative log-likelihood of the label in nats, lower is better", _number(3)),
-    "latency_ms_b1": ("Latency, 1", "milliseconds of one forward pass over 1 image", _number(2)),
-    "latency_ms_b64": ("Latency, 64", "milliseconds of one forward pass over 64 images", _number(2)),
+    "latency_ms_b1": ("Latency, 1", "milliseconds of one forward pass over 1 row", _number(2)),
+    "latency_ms_b64": ("Latency, 64", "milliseconds of one forward pass over 64 rows", _number(2)),
     "parameters": ("Parameters", "learned numbers", _number(0)),
     "size_bytes": ("Size", "bytes of all weights and buffers", size),
 }

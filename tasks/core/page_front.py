@@ -18,7 +18,7 @@ STATES = {"chosen": "chosen", "front": "on the front", "behind": "behind another
 
 @dataclass(frozen=True)
 class Point:
-    """A student in the picture: accuracy with its interval, milliseconds for one image, bytes. `state` is one of `STATES`; `reason` says
+    """A student in the picture: accuracy with its interval, milliseconds for one row, bytes. `state` is one of `STATES`; `reason` says
     why it was stopped, or what of the budget it misses.
     """
 

@@ -177,7 +177,7 @@ def _open_one(settings: Settings, ref: DataRef) -> Dataset:
         rows = rows.without_descendants(request_ids(settings, ref.without))
     if ref.apart_from:
         held_out = Dataset.open((folder / (rows_of(folder) or ".")).resolve()).split(*ref.apart_from)
-        rows = rows.without_images_of(held_out)
+        rows = rows.without_contents_of(held_out)
     return rows if ref.labelled else rows.without_labels()
 
 

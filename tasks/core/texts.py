@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from tasks.core.progress import track
 
 MASKED = 0.15  # share of the tokens that are to be guessed; of these 80% are masked, 10% drawn, 10% left (BERT, section 3.1)
 
+SPREAD = 0.02 * 768**0.5  # standard deviation of first weights, times the root of the width: BERT's 0.02 is that of 768 values
+
 
 class Encoder(MethodConfig):
     """The encoder and its pre-training."""
@@ -33,10 +36,10 @@ class Encoder(MethodConfig):
     width: int = Field(64, ge=2, description="values of a state of a fresh encoder")
     heads: int = Field(2, ge=1, description="heads of attention of a fresh encoder; they share out the width")
     words: int = Field(8192, ge=1, description="places that the words of a fresh encoder are hashed to")
-    dropout: float = Field(0.1, ge=0, lt=1, description="share of states and attention that a fresh encoder drops in training")  # BERT
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of states and attention that a fresh encoder drops in training")  # BERT: 0.1
     longest: int = Field(64, ge=2, description="tokens of a text that are read")
     pooling: Literal["mean", "first"] = Field("mean", description="what the classifier sees: the mean of the last states, or the first")
-    pretrain_steps: int = Field(1000, ge=0, description="batches of masked-LM pre-training on all texts; 0: none")
+    pretrain_steps: int = Field(3000, ge=0, description="batches of masked-LM pre-training on all texts; 0: none")
     pretrain_batch: int = Field(64, ge=1, description="texts of such a batch")
     pretrain_lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW in pre-training")  # BERT: 1e-4, of far larger encoders
 
@@ -88,6 +91,7 @@ def fresh(classes: int, *, layers: int, width: int, heads: int, words: int, long
         "model_type": "bert", "vocab_size": words + SPECIAL, "hidden_size": width, "num_hidden_layers": layers,
         "num_attention_heads": heads, "intermediate_size": 4 * width, "max_position_embeddings": longest, "type_vocab_size": 1,
         "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, "pad_token_id": PAD,
+        "initializer_range": SPREAD / width**0.5,
     }  # fmt: skip
     tokens = {"kind": "hashed", "size": words + SPECIAL, "pad": PAD, "mask": MASK}
     return TextClassifier({**_arch(classes, longest, pooling), "encoder": encoder, "tokens": tokens})
@@ -118,15 +122,23 @@ def pretrained(name: str, classes: int, *, longest: int, pooling: str) -> tuple[
     missing = sorted(key for key in told["missing_keys"] if key.startswith(base) and ".pooler." not in key)
     if missing:
         raise UserError(f"pretrained: {name} holds no encoder that can be loaded here (it has no {missing[0]})")
-    if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
+    # where the files of a tokenizer are missing, one is made up that knows special tokens alone
+    words = len(tokenizer) - len(tokenizer.all_special_ids)
+    if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None or words <= 0:
         raise UserError(f"pretrained: the tokenizer of {name} has no tokenizer.json or no padding; save it anew with 'transformers'")
+    if len(tokenizer) > whole.config.vocab_size:
+        known = f"{len(tokenizer)} tokens, and its encoder {whole.config.vocab_size}"
+        raise UserError(f"pretrained: the tokenizer of {name} knows {known}; give weights and tokenizer that were saved together")
     config = whole.config.to_diff_dict()
     encoder = {key: value for key, value in config.items() if key not in ("architectures", "transformers_version", "dtype", "torch_dtype")}
     tokens = {
         "kind": "file", "file": json.loads(tokenizer.backend_tokenizer.to_str()), "pad": tokenizer.pad_token_id,
         "mask": tokenizer.mask_token_id, "special": sorted(tokenizer.all_special_ids),
     }  # fmt: skip
-    longest = min(longest, getattr(whole.config, "max_position_embeddings", longest), tokenizer.model_max_length)
+    places = next((part for key, part in whole.base_model.named_modules() if key.endswith("position_embeddings")), None)
+    if isinstance(places, nn.Embedding):  # RoBERTa and its like count from behind the padding's number
+        longest = min(longest, places.num_embeddings - (0 if places.padding_idx is None else places.padding_idx + 1))
+    longest = min(longest, tokenizer.model_max_length)
     encoder["model_type"] = whole.config.model_type
     net = TextClassifier({**_arch(classes, longest, pooling), "encoder": encoder, "tokens": tokens})
     own = whole.base_model.float().state_dict()
@@ -155,6 +167,7 @@ def pretrain(
     from transformers import AutoModelForMaskedLM
 
     how = net.arch["tokens"]
+    special = torch.tensor(how.get("special", [PAD, CLS, MASK]))
     if steps and how.get("mask") is None:
         raise UserError("these weights' tokenizer has no mask, so that nothing can be pre-trained on more texts; set 'pretrain_steps' to 0")
     whole: Any = AutoModelForMaskedLM.from_config(net.encoder.config)
@@ -162,11 +175,16 @@ def pretrain(
     whole.tie_weights()
     if guessing:
         whole.load_state_dict(guessing, strict=False)
+    else:
+        # how frequent each token is stands in the biases from the start: the states would spend long on nothing else
+        bias = whole.get_output_embeddings().bias
+        if bias is not None:
+            counts = 1.0 + np.bincount(tokens[~np.isin(tokens, special.numpy())], minlength=len(bias))
+            bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))
     whole.to(device).train()
-    optimiser = torch.optim.AdamW(whole.parameters(), lr, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(whole.parameters(), lr, weight_decay=0.01, fused=True)
     schedule = linear(optimiser, steps)
-    special = torch.tensor(how.get("special", [PAD, CLS, MASK]))
-    batches, losses = loop.index_batches(len(tokens), batch, steps, generator), []
+    batches, losses = alike((tokens != net.pad).sum(1), batch, steps, generator), []
     asked = torch.empty(0)
 
     def only_asked(_: nn.Module, __: object, given: Any) -> Any:
@@ -175,20 +193,36 @@ def pretrain(
         return given
 
     hook = whole.base_model.register_forward_hook(only_asked)
-    for _ in track(range(steps), what):
-        seen = trimmed(tokens[next(batches).numpy()], net.pad)
-        shown, asked = mask(seen, special, how["mask"], net.encoder.config.vocab_size, generator)
-        guesses = whole(input_ids=shown.to(device), attention_mask=(seen != net.pad).long().to(device)).logits
-        loss = F.cross_entropy(guesses[0], seen[asked].to(device))
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    hook.remove()
+    try:
+        for _ in track(range(steps), what):
+            seen = trimmed(tokens[next(batches).numpy()], net.pad)
+            shown, asked = mask(seen, special, how["mask"], net.encoder.config.vocab_size, generator)
+            guesses = whole(input_ids=shown.to(device), attention_mask=(seen != net.pad).long().to(device)).logits
+            # a batch of empty texts alone asks for nothing, and its loss is 0
+            loss = F.cross_entropy(guesses[0], seen[asked].to(device), reduction="sum") / max(int(asked.sum()), 1)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+    finally:
+        hook.remove()
     loop.check_finite(whole, what, lr)
     return losses
+
+
+def alike(lengths: npt.NDArray[np.int64], size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """As `loop.index_batches`, but texts of like length (N,) come together, so that little padding is worked through.
+
+    16 batches are drawn at once, sorted, cut, and given in random order.
+    """
+    left = steps
+    for drawn in loop.index_batches(len(lengths), 16 * size, -(-steps // 16), generator):
+        parts = drawn[torch.from_numpy(lengths)[drawn].argsort(stable=True)].split(size)
+        for at in torch.randperm(16, generator=generator)[:left].tolist():
+            yield parts[at]
+        left -= 16
 
 
 def mask(tokens: Tensor, special: Tensor, sign: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -234,7 +268,7 @@ def fit(
     on the device, in training mode. Raises UserError where training diverged.
     """
     net.to(device).train()
-    optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
     schedule = linear(optimiser, steps)
     batches = loop.index_batches(len(tokens), batch, steps, generator)
     for _ in track(range(steps), what):

@@ -49,7 +49,7 @@ def main(out: Path) -> None:
     train, cfg = method("train")
     teacher = train(data, cfg, seed=seed)
     distill, cfg = method("distill")
-    unlabelled = rejected.without_images_of(pool.split("validation", "test")).without_labels()
+    unlabelled = rejected.without_contents_of(pool.split("validation", "test")).without_labels()
     student = distill([teacher], kept + pool.split("reference") + unlabelled, cfg, seed=seed)
     originals = np.flatnonzero(~data.synthetic() & (data.labels() >= 0))
     chosen = np.random.default_rng(seed).choice(originals, params["unlearn"]["demonstration_rows"], replace=False)

@@ -134,7 +134,7 @@ def test_hidden_labels_are_hidden_in_a_joined_set_too(tiny: Dataset) -> None:
 
 def test_images_that_are_held_out_can_be_left_out(tiny: Dataset) -> None:
     test = tiny.split("test")
-    left = tiny.without_images_of(test)
+    left = tiny.without_contents_of(test)
     assert not {x.tobytes() for x in left.images()} & {x.tobytes() for x in test.images()}
     assert len(left) <= 300
 
