@@ -149,10 +149,10 @@ def moved(images: Images, shift: int, generator: torch.Generator) -> Images:
     n, channels, height, width = images.shape
     # `np.pad` takes as long as all of this
     padded = np.empty((n, channels, height + 2 * shift, width + 2 * shift), np.uint8)
-    inside = padded[:, :, shift:-shift]
-    inside[..., shift:-shift] = images
-    inside[..., :shift], inside[..., -shift:] = images[..., :1], images[..., -1:]
-    padded[:, :, :shift], padded[:, :, -shift:] = inside[:, :, :1], inside[:, :, -1:]
+    inside, bottom, right_side = padded[:, :, shift : shift + height], shift + height, shift + width
+    inside[..., shift:right_side] = images
+    inside[..., :shift], inside[..., right_side:] = images[..., :1], images[..., -1:]
+    padded[:, :, :shift], padded[:, :, bottom:] = inside[:, :, :1], inside[:, :, -1:]
     down, right = torch.randint(0, 2 * shift + 1, (2, n), generator=generator).numpy()
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
     return np.asarray(windows[np.arange(n), :, down, right])
