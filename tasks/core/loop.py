@@ -53,7 +53,7 @@ def seeded(seed: int) -> Iterator[torch.Generator]:
 
 def to_float(inputs: npt.NDArray[np.uint8], device: str = "cpu") -> Tensor:
     """uint8 images (N, C, H, W) as float32 in [0, 1]; texts, bytes (N, L), stay what they are."""
-    values = torch.from_numpy(np.require(inputs, requirements="CW")).to(device)
+    values = torch.from_numpy(np.require(inputs, requirements=["C", "W"])).to(device)
     return values if values.ndim == 2 else values.float().div_(255)
 
 

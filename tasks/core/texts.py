@@ -24,24 +24,24 @@ from tasks.core.networks import Net, takes
 from tasks.core.progress import track
 
 MASKED = 0.15  # share of the tokens that are to be guessed; of these 80% are masked, 10% drawn, 10% left (BERT, section 3.1)
-
 SPREAD = 0.02 * 768**0.5  # standard deviation of first weights, times the root of the width: BERT's 0.02 is that of 768 values
 
 
 class Encoder(MethodConfig):
     """The encoder and its pre-training."""
 
+    # the default learning rates are those of small fresh encoders: one of BERT's size wants 1e-4 in pre-training and 2e-5 to 5e-5 after
     pretrained: str | None = Field(None, description="an encoder to go on from, by hub id or local folder; none: a fresh one")
     layers: int = Field(2, ge=1, description="layers of a fresh encoder")
     width: int = Field(64, ge=2, description="values of a state of a fresh encoder")
     heads: int = Field(2, ge=1, description="heads of attention of a fresh encoder; they share out the width")
-    words: int = Field(8192, ge=1, description="places that the words of a fresh encoder are hashed to")
+    words: int = Field(4096, ge=1, description="places that the words of a fresh encoder are hashed to")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of states and attention that a fresh encoder drops in training")  # BERT: 0.1
-    longest: int = Field(64, ge=2, description="tokens of a text that are read")
+    longest: int = Field(32, ge=2, description="tokens of a text that are read")
     pooling: Literal["mean", "first"] = Field("mean", description="what the classifier sees: the mean of the last states, or the first")
-    pretrain_steps: int = Field(3000, ge=0, description="batches of masked-LM pre-training on all texts; 0: none")
+    pretrain_steps: int = Field(2000, ge=0, description="batches of masked-LM pre-training on all texts; 0: none")
     pretrain_batch: int = Field(64, ge=1, description="texts of such a batch")
-    pretrain_lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW in pre-training")  # BERT: 1e-4, of far larger encoders
+    pretrain_lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW in pre-training")  # BERT: 1e-4, of far larger encoders
 
 
 def check(data: Dataset, *others: tuple[str, Net | None]) -> None:

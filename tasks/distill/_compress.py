@@ -22,13 +22,21 @@ Layer = nn.Conv2d | nn.Linear
 
 def prune_channels(net: ConvNet, share: float) -> ConvNet:
     """A network with a share of the channels of each convolution and of the hidden units: those of the largest L1 norm, in their order."""
-    of_layers = [at for at, layer in enumerate(net.body) if isinstance(layer, Layer | nn.Sequential)]
-    kept = [_largest(_ends(net.body[at])[1].weight, share) for at in of_layers]
+    return with_channels(net, [_largest(_ends(net.body[at])[1].weight, share) for at in layers_of(net)])
+
+
+def layers_of(net: ConvNet) -> list[int]:
+    """Positions in the body of the layers that have channels, or hidden units, which can be left out."""
+    return [at for at, layer in enumerate(net.body) if isinstance(layer, Layer | nn.Sequential)]
+
+
+def with_channels(net: ConvNet, kept: list[Tensor]) -> ConvNet:
+    """A network with these channels of each layer of `layers_of`, in their order."""
     slim = _built({**net.arch, "widths": [len(rows) for rows in kept[:-1]], "hidden": len(kept[-1])})
     before, given = int(net.arch["shape"][0]), torch.arange(net.arch["shape"][0])
     classes = torch.arange(net.arch["classes"])
     with torch.no_grad():
-        for at, rows in zip(of_layers, kept, strict=True):
+        for at, rows in zip(layers_of(net), kept, strict=True):
             _narrow(net.body[at], slim.body[at], rows, given, before)
             if isinstance(norm := net.body[at + 1], nn.BatchNorm2d):
                 held = slim.body[at + 1].state_dict()
@@ -115,12 +123,16 @@ def _ends(layer: nn.Module) -> tuple[Layer, Layer]:
     return (cast(Layer, layer[0]), cast(Layer, layer[-1])) if isinstance(layer, nn.Sequential) else (cast(Layer, layer), cast(Layer, layer))
 
 
+def inputs_of(given: Tensor, inputs: int, channels: int) -> Tensor:
+    """Which of a layer's inputs are those of the channels `given`, of so many: behind convolutions a linear layer has several of each."""
+    span = inputs // channels
+    return (given[:, None] * span + torch.arange(span)).flatten()
+
+
 def _narrow(old: nn.Module, new: nn.Module, rows: Tensor, given: Tensor, before: int) -> None:
     """Copy what is left of a layer: `rows` of its outputs, and of its inputs those of the channels `given`, of `before`."""
     (first, last), (into, out) = _ends(old), _ends(new)
-    span = first.weight.shape[1] // before  # behind convolutions a linear layer has several inputs of each channel
-    columns = (given[:, None] * span + torch.arange(span)).flatten()
-    weights = first.weight[:, columns]
+    weights = first.weight[:, inputs_of(given, first.weight.shape[1], before)]
     into.weight.copy_(weights[rows] if first is last else weights)
     if first is not last:
         out.weight.copy_(last.weight[rows])

@@ -3,9 +3,13 @@
 Paper   BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding (2018), arXiv 1810.04805
 Idea    of 15% of the tokens the encoder guesses what stood there (80% are masked, 10% drawn, 10% left as they are); then it and a linear
         classifier are trained on the labels, all weights. Guessing needs no labels, so that texts without one teach as well.
-Small   2 layers of 64 values instead of 12 of 768, words by a hash instead of a list of word pieces (the network so keeps no word of
+Small   2 layers of 96 values instead of 12 of 768, words by a hash instead of a list of word pieces (the network so keeps no word of
         anybody's), no second sentence to be foretold, and the mean of the last states where BERT has the first and a layer more.
-Limits  not measured yet
+Limits  It helps where labels are few and texts many. CLINC150, ten domains, 200 labels, 11,800 texts without, 3,000 batches of
+        pre-training, 2 layers of 64 values, 5 seeds, test: 63.7% (sd 1.6), by the labels alone 56.7 (1.9). AG News, 4,000 texts, 2,000
+        batches, one validation seed: with 400 labels .637 against .600, with 3,000 it does harm, .756 against .765; so it did with 1,500
+        batches and fewer. It is most of the cost: 110 s of 125 on one CPU core; `pretrain_steps: 0` leaves it out. The defaults are for
+        small fresh encoders; one by `pretrained` wants the rates of its paper, and so far was loaded with random weights alone.
 """
 
 from __future__ import annotations
@@ -23,13 +27,16 @@ from tasks.core.method import method
 from tasks.core.networks import Net
 from tasks.train.supervised import check_classes
 
+READS = "text"
+
 
 class Config(texts.Encoder):
     """Settings: those of the encoder and its pre-training, and those of fine-tuning."""
 
+    width: int = Field(96, ge=2, description="values of a state of a fresh encoder")
     steps: int = Field(400, ge=0, description="batches of labelled texts; 0: pre-train alone")
-    batch: int = Field(32, ge=1, description="texts of a batch of either stage")  # paper, appendix A.3: 16 or 32
-    lr: float = Field(5e-4, gt=0, description="peak learning rate of AdamW in fine-tuning")  # A.3: 2e-5 to 5e-5, for far larger encoders
+    batch: int = Field(32, ge=1, description="labelled texts of a batch")  # paper, appendix A.3: 16 or 32
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW in fine-tuning")  # A.3: 2e-5 to 5e-5, for far larger encoders
 
     def for_fit(self) -> dict[str, Any]:
         """Keyword arguments of `texts.fit`."""

@@ -67,8 +67,8 @@ def measure(seed: int) -> dict[str, Figures]:
 
 
 def arms() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Each method as it comes, but for those that `ARMS` sets to something, and the arms there; all by name, method and settings."""
-    plain = [name.partition(".")[2] for name in catalog.cards() if name.startswith("distill.")]
+    """Each method for images as it comes, but for those that `ARMS` sets to something, and the arms there: name, method and settings."""
+    plain = [name.partition(".")[2] for name in catalog.cards() if name.startswith("distill.") and catalog.get(name).reads != "text"]
     set_to = {name for name, _ in ARMS.values()} - {"bd_kd"}
     found: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in plain if name not in set_to}
     return found | {arm: what for arm, what in ARMS.items() if what[0] in plain}

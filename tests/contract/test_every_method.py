@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from tasks.core import catalog, loop, networks
+from tasks.core import catalog, loop, networks, texts
 from tasks.core.dataset import SCHEMAS, Dataset, Writer
 from tasks.core.errors import UserError
 from tasks.core.evidence import Evidence
@@ -52,6 +53,22 @@ def small_denoiser(data: Dataset, kind: str) -> Net:
         own = {"prompts": prompts, "words": [], "channels": 8, "spare": 4, "prediction": "v_prediction", "betas": "cosine"}
     with loop.seeded(1):
         return networks.build({**arch, **own}).eval()
+
+
+def small_reader(data: Dataset, seed: int) -> Net:
+    with loop.seeded(seed):
+        own: dict[str, Any] = {"layers": 1, "width": 16, "heads": 2, "words": 64, "longest": 16, "dropout": 0.0, "pooling": "mean"}
+        return texts.fresh(len(data.info.classes), **own)
+
+
+def texts_of(data: Dataset) -> Dataset:
+    """The same rows, their captions in the place of their images."""
+    folder = Path(SCRATCH.name, uuid.uuid4().hex)
+    known = [name for name in SCHEMAS["text"].names if name != "_clean"]
+    with Writer(folder, replace(data.info, schema="text", shape=(0, 0, 0))) as out:
+        for batch in data.batches(known):
+            out.write(pa.table([*batch.columns, pa.nulls(len(batch), pa.bool_())], names=[*known, "_clean"]))
+    return Dataset.open(folder)
 
 
 def condensed(data: Dataset) -> Dataset:
@@ -103,7 +120,10 @@ def run(name: str, data: Dataset, seed: int) -> Any:
     if family == "generate":
         return call(reference, train, 2, cfg, seed=seed)
     if family == "train":
-        return call(condensed(train) if method.reads == catalog.CONDENSED else train, cfg, seed=seed)
+        as_read = {catalog.CONDENSED: condensed, "text": texts_of}.get(method.reads, lambda rows: rows)
+        return call(as_read(train), cfg, seed=seed)
+    if family == "distill" and method.reads == "text":
+        return call([small_reader(data, 1)], texts_of(train + reference.without_labels()), cfg, seed=seed)
     if family == "distill":
         given = [small_net(data, 1)], train + reference.without_labels(), cfg
         try:
@@ -249,7 +269,7 @@ def test_models_that_come_in_are_left_as_they_were(name: str, tiny: Dataset, mon
 
         return remembered
 
-    for build in (small_net, small_denoiser):
+    for build in (small_net, small_denoiser, small_reader):
         monkeypatch.setitem(globals(), build.__name__, remembering(build))
     result = run(name, tiny, seed=0)
     assert made

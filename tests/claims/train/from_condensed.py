@@ -6,10 +6,10 @@ Claim   fine-tuned on 5 labels a class, the network that was pre-trained on 100 
 Arms    krr_st: pre-trained on `condense.krr_st`; random: on as many random images with the teacher's features; none: from scratch
 Equal   teacher, unlabelled rows, samples and epochs of pre-training; first weights, labelled rows (three draws for each seed), steps and
         batch of fine-tuning, by `train.supervised`, and its learning rate, which is the best for every arm
-Tuned   on 3,000 other train rows, seed 1001, three draws of labels, with samples that began as random images. Pre-training: krr_st .661 for 300 epochs at .03, .657 at .1, .656 for
-        100 at .1; random .655 for 100 at .1, .654 for 300 at .1 (at .03 not tried). Fine-tuning at .01, .03, .1: none .648, .649, .601,
-        and .03 is within .001 of the best for the others too. Without batch normalisation (seed 1000, one draw) pre-training on krr_st
-        did harm: .588 to .613 at the best rate, random .644 to .648, none .643
+Tuned   on 3,000 other train rows, seed 1001, three draws of labels, samples begun as random images. Pre-training: krr_st .661 for 300
+        epochs at .03, .657 at .1, .656 for 100 at .1; random .655 for 100 at .1, .654 for 300 at .1 (at .03 not tried). Fine-tuning at
+        .01, .03, .1: none .648, .649, .601, and .03 is within .001 of the best for the others too. Without batch normalisation (seed 1000,
+        one draw) pre-training on krr_st did harm: .588 to .613 at the best rate, random .644 to .648, none .643
 """
 
 from __future__ import annotations
