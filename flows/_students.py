@@ -56,8 +56,9 @@ class Candidate:
         """The same with a share of its steps; None for a method without steps."""
         if "steps" not in catalog.get(self.method).config.model_fields:
             return None
-        steps = catalog.configure(self.method, self.settings).steps  # type: ignore[attr-defined]
-        return Candidate(self.name, self.method, {**self.settings, "steps": max(1, round(steps * share))})
+        config = catalog.configure(self.method, self.settings)
+        fewer = {name: max(1, round(getattr(config, name) * share)) for name in ("steps", "pretrain_steps") if getattr(config, name, 0)}
+        return Candidate(self.name, self.method, {**self.settings, **fewer})
 
 
 def section(here: Session) -> tuple[str, dict[str, Any], Sweep]:

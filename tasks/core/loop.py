@@ -84,13 +84,16 @@ def pixel_stats(images: npt.NDArray[np.uint8]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def predict(net: nn.Module, images: npt.NDArray[np.uint8], *, size: int = 1024, device: str = "cpu") -> Tensor:
-    """Logits (N, classes) in eval mode, float32, on the CPU. The network keeps its mode and its place."""
-    net = on(net, device)
+def predict(net: nn.Module, inputs: npt.NDArray[np.uint8], *, size: int | None = None, device: str = "cpu") -> Tensor:
+    """Logits (N, classes) in eval mode, float32, on the CPU, of images (N, C, H, W) or texts (N, L). The network keeps its mode and place.
+
+    `size` rows at once, by default 1,024 images or 64 texts, each of which may be hundreds of states.
+    """
+    net, size = on(net, device), size or (64 if inputs.ndim == 2 else 1024)
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
-        pieces = [net(to_float(images[at : at + size], device)).cpu() for at in range(0, len(images), size)]
+        pieces = [net(to_float(inputs[at : at + size], device)).cpu() for at in range(0, len(inputs), size)]
     finally:
         for module, training in modes:
             module.training = training

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from flows._students import Candidate
 from tasks.core import loop, networks, texts
 from tasks.core.dataset import Dataset
 from tasks.core.encoder import TextClassifier
@@ -162,3 +163,12 @@ def test_what_it_cannot_learn_from_is_refused(tiny: Dataset) -> None:
         pretrained_distillation([teacher()], data.where(np.zeros(60, bool)), QUICK)
     with pytest.raises(UserError, match="no row of the data has a label: fine-tuning learns from labels alone; set 'finetune_steps' to 0"):
         pretrained_distillation([teacher()], data.without_labels(), ALL)
+
+
+def test_the_first_steps_of_a_sweep_are_few_of_both_stages() -> None:
+    short = Candidate("", "distill.pretrained_distillation", {"steps": 40, "pretrain_steps": 200}).shortened(0.25)
+    assert short
+    assert short.settings == {"steps": 10, "pretrain_steps": 50}
+    none = Candidate("", "distill.pretrained_distillation", {"steps": 40, "pretrain_steps": 0}).shortened(0.25)
+    assert none
+    assert none.settings == {"steps": 10, "pretrain_steps": 0}
