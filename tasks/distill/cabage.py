@@ -14,6 +14,7 @@ Limits  It is for testing one's own model: teachers come out of one's own regist
         (sd 8.3), 84.9, 87.3. Ahead on every seed at 3,000, but the plain loop's spread is such that it is not certain. The filter alone
         gives 83.0, replay alone 80.2, several generators alone 85.5: the other parts add nothing to these. Uniform noise, 80.2, is no
         worse than the plain loop on images so small, and with the filter, 85.1, as good as all. All classes were always found.
+        Fashion-MNIST, 6,000 queries, 1,400 steps, 3 seeds, test: a victim of 83.9% gives clones of 49.3% (sd 7.4).
 """
 
 from __future__ import annotations
